@@ -1,0 +1,39 @@
+# make demo   builds the example model, checks it, generates text with plain onnxruntime
+# make test   linter, type checker and tests
+# Both create the environment in .venv first. PYTHON names another interpreter, VENV another place.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXAMPLE := examples/pysource
+OUT := build/pysource
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/lhcompile build $(EXAMPLE)/model.pt --config $(EXAMPLE)/config.yaml \
+		--calibration $(EXAMPLE)/heldout.txt -o $(OUT) --force
+	$(BIN)/lhcompile verify $(OUT)
+	$(BIN)/python $(EXAMPLE)/generate.py $(OUT)
+	@echo
+	@echo "The report is $(CURDIR)/$(OUT)/report.html"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	MYPYPATH=runtimes/python $(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt runtimes/python/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e runtimes/python -e ".[test]"
+	@touch $@
+
+# The environment stays; remove $(VENV) by hand to build it anew.
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

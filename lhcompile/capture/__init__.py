@@ -1,0 +1,46 @@
+"""Stage: torch module in, program of its sizes out.
+
+Real model code holds `min(l, l_max)` and hard-coded views, on which exporting with a symbolic length fails.
+So the module is exported twice with fixed sizes, (batch, time) = (5, T-3) and (7, T), T one below the context
+length. Both exports have the same nodes; a number that differs between them follows a law in batch and time
+(`lhcompile.sizes`), and is replaced by an expression of the input's own sizes. The result runs at any batch
+and any length up to the context, and every tensor's axes are known in terms of batch and time.
+
+    before (at 7 × 1023)                         after
+    slice(conv1d, 2, 0, 1023)                    slice(conv1d, 2, 0, t)      t = sym_size(input_ids, 1)
+    fft_rfft(u, 2046)                            fft_rfft(u, mul(t, 2))
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lhcompile.artifacts import LoadedModel, Program
+from lhcompile.capture.context import probe_context
+from lhcompile.capture.export import export_at
+from lhcompile.capture.generalize import generalize
+from lhcompile.errors import CaptureError
+from lhcompile.sizes import Point
+
+__all__ = ["capture"]
+
+MINIMUM_CONTEXT = 8
+
+
+def capture(loaded: LoadedModel) -> Program:
+    """Turn `loaded.module` into a program that runs at any batch and any length up to the context.
+
+    Raises CaptureError when the context is too short, the module cannot be exported, or its structure or
+    sizes do not follow batch and length.
+    """
+    with torch.no_grad():
+        context = loaded.context_length or probe_context(loaded.module)
+        if context < MINIMUM_CONTEXT:
+            raise CaptureError(
+                f"the context length is {context}; a model needs at least {MINIMUM_CONTEXT} positions to be compiled"
+            )
+        first, second = Point(5, context - 4), Point(7, context - 1)
+        graph = generalize(
+            export_at(loaded.module, first), export_at(loaded.module, second), first, second
+        )
+    return Program(graph=graph, context=context)

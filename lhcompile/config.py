@@ -1,0 +1,124 @@
+"""One validated config per stage. The command line's options are made from these fields and their descriptions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lhcompile.errors import ConfigError
+
+__all__ = [
+    "BuildConfig",
+    "CalibrationConfig",
+    "DistillConfig",
+    "LoadConfig",
+    "LowerConfig",
+    "PackageConfig",
+    "Target",
+    "build_config",
+]
+
+Target = Literal["portable", "cpu"]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoadConfig(_Config):
+    """Where the model comes from."""
+
+    checkpoint: Path | None = Field(None, description="Weights for a package.module:factory model.")
+    config: Path | None = Field(None, description="The model's configuration, yaml or json.")
+    context: int | None = Field(
+        None, ge=1, description="Longest sequence, where neither checkpoint nor module says it."
+    )
+
+
+class CalibrationConfig(_Config):
+    """The tokens that choose orders and the tokens that fidelity is measured on."""
+
+    calibration: Path | None = Field(
+        None,
+        description="Text (or .npy token ids) to calibrate and measure on; sampled from the model if not given. "
+        "One half chooses the orders, the other half gives the figures.",
+    )
+    tokenizer: Path | None = Field(
+        None, description="tokenizer.json for the text; models of up to 512 tokens read bytes without one."
+    )
+    sequences: int = Field(32, ge=2, description="Sequences in each half.")
+    seed: int = Field(0, ge=0, description="Seed for sampled calibration tokens.")
+
+
+class DistillConfig(_Config):
+    """How far convolutions are reduced. Budget is the default; order and exact exclude it."""
+
+    budget: float | None = Field(
+        None, gt=0, description="Allowed relative rise of the loss on calibration tokens [default: 0.001]."
+    )
+    order: int | None = Field(None, ge=1, le=512, description="The same order for every filter, whatever the loss.")
+    exact: bool = Field(False, description="Keep every convolution's own taps over a ring buffer.")
+    max_order: int = Field(64, ge=1, le=512, description="Largest order the budget may use.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DistillConfig:
+        given = [name for name in ("budget", "order") if getattr(self, name) is not None]
+        given += ["exact"] if self.exact else []
+        if len(given) > 1:
+            raise ValueError(f"--{given[0]} and --{given[1]} exclude each other")
+        return self
+
+    @property
+    def rise(self) -> float:
+        """The budget in force."""
+        return 0.001 if self.budget is None else self.budget
+
+
+class LowerConfig(_Config):
+    """What the graphs are made for."""
+
+    target: Target = Field("cpu", description="Kind of runtime the graphs are made for.")
+
+
+class PackageConfig(_Config):
+    """Where the result goes."""
+
+    output: Path = Field(description="Directory to create.")
+    force: bool = Field(False, description="Replace an existing built directory whole.")
+
+
+class BuildConfig(_Config):
+    """Everything a build needs besides the model's name."""
+
+    load: LoadConfig = LoadConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    distill: DistillConfig = DistillConfig()
+    lower: LowerConfig = LowerConfig()
+    package: PackageConfig
+
+    @classmethod
+    def sections(cls) -> dict[str, type[_Config]]:
+        """Stage name → its config class, in the order of the pipeline."""
+        return {name: field.annotation for name, field in cls.model_fields.items()}  # type: ignore[misc]
+
+
+def build_config(**values: object) -> BuildConfig:
+    """A BuildConfig from flat values, each going to the stage that has a field of its name.
+
+    Raises ConfigError, one line, for an unknown name or a value its field refuses.
+    """
+    sections: dict[str, dict[str, object]] = {}
+    for name, value in values.items():
+        homes = [stage for stage, config in BuildConfig.sections().items() if name in config.model_fields]
+        if not homes:
+            raise ConfigError(f"there is no option {name!r}")
+        sections.setdefault(homes[0], {})[name] = value
+    try:
+        return BuildConfig.model_validate(sections)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = str(first["loc"][-1]).replace("_", "-") if first["loc"] else ""
+        reason = str(first["msg"]).removeprefix("Value error, ")
+        raise ConfigError(reason if "exclude each other" in reason else f"--{where}: {reason}") from None

@@ -1,0 +1,212 @@
+"""Hankel reduction (Kung's realization, ERA): poles from the leading subspace of a window of the taps.
+
+The window H[i, j] = g_{i+j+1}, i < p, j < q, p + q = length, takes every tap after h_0 once and assumes
+nothing about the time after the last. If g comes from a system of order d, H has rank d and its left
+singular vectors U_d span the observability matrix C A^i. Hence rows 0 … p−2 times A are rows 1 … p−1:
+
+    A_d = U_↑⁺ U_↓,    poles = eig A_d.
+
+U_d has orthonormal columns, so with its last row l,  U_↑ᵀU_↑ = I − l lᵀ  and
+A_d = (I + l lᵀ/(1 − lᵀl)) U_↑ᵀU_↓: every order d up to the rank reads a leading block of one matrix.
+
+*Input weights.* With w = |c|², c minimum phase and cut to m taps, an error e of the taps is heard as
+e ⋆ c (correlation), whose taps k_t = Σ_s c_s e_{t+s}, t ≥ 1, come from a system with the same poles as e's.
+Hence the weighted window is the plain window of the correlated taps, t = 1 … length − m.
+
+*Bound.* A system of order d has a window of rank ≤ d, so ‖H − Ĥ‖_F² ≥ Σ_{k>d} σ_k² (Eckart–Young). Tap t
+stands in H at most μ = min(p, q) times; so for every system of order d, stable or not, with any D,
+
+    Σ_t e_t² ≥ (1/μ) Σ_{k>d} σ_k² = (1/μ) (‖H‖_F² − Σ_{k≤d} σ_k²):
+
+a lower bound of the l2 tap error over the taps given. With weights it bounds the error heard through
+|c|², and ‖e‖_w² ≥ min_ω (w/|c|²) times that.
+
+Sources: Kung 1978; Juang & Pappa 1985; block Golub–Kahan: Golub, Luk & Overton 1981. No dense matrix is
+formed: products with H go by FFT for all filters at once, O(columns · length log length) per filter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lhcompile.distill.norm import Norm, fast_size
+from lhcompile.distill.spectrum import chunks, pack, radius_limit, stabilise
+
+__all__ = ["HankelFactors", "factor", "order_limit"]
+
+_RANK_CUTOFF = 1e-12  # singular values below this share of the largest are rounding
+_SEED = 20231018
+
+
+def order_limit(length: int) -> int:
+    """The largest order a window of `length` taps supports: ⌊(length − 1)/2⌋, and 1 for two taps."""
+    return 1 if length == 2 else (length - 1) // 2
+
+
+@dataclass(frozen=True)
+class HankelFactors:
+    """The leading left singular vectors of a window, as far as poles and bounds need them.
+
+    shift:  float64 [filters, rank, rank] = U_↑ᵀU_↓
+    last:   float64 [filters, rank], the last row of U
+    values: float64 [filters, rank], singular values, descending
+    energy: float64 [filters] = ‖H‖_F²
+    beyond: float64 [filters, 2]: energy outside the subspace, in all and (estimated) in one direction
+    floor:  float64 [filters], what turns Σ_{k>d} σ_k² into a bound of the squared relative error
+    length: taps per filter
+    """
+
+    shift: Tensor
+    last: Tensor
+    values: Tensor
+    energy: Tensor
+    beyond: Tensor
+    floor: Tensor
+    length: int
+
+    @property
+    def rank(self) -> int:
+        return self.shift.shape[-1]
+
+    def __getitem__(self, filters: Tensor | slice) -> HankelFactors:
+        fields = (self.shift, self.last, self.values, self.energy, self.beyond, self.floor)
+        shift, last, values, energy, beyond, floor = (field[filters] for field in fields)
+        return HankelFactors(shift, last, values, energy, beyond, floor, self.length)
+
+    def poles(self, order: int) -> Tensor:
+        """Stable poles of the given order ≤ rank, complex [filters, order rounded up to even], in slots."""
+        width = order + order % 2
+        if order == 0:
+            return torch.zeros(self.shift.shape[0], 0, dtype=torch.complex128, device=self.shift.device)
+        last = self.last[:, :order]
+        gain = 1 / (1 - last.square().sum(-1, keepdim=True)).clamp_min(1e-12)
+        shift = self.shift[:, :order, :order]
+        matrix = shift + (gain * last).unsqueeze(-1) @ (last.unsqueeze(1) @ shift)
+        eigenvalues = torch.linalg.eigvals(matrix)
+        return pack(stabilise(eigenvalues, radius_limit(self.length)), width)
+
+    def bound(self, order: int) -> Tensor:
+        """Lower bound of the relative error of any system of the given order ≤ rank, [filters].
+
+        The σ_k² here are of the projected window, which is at most short by what `order` directions outside
+        the subspace can hold (Ky Fan): that is taken off the tail, so the bound stays on the safe side.
+        """
+        missed = torch.minimum(self.beyond[:, 0], order * self.beyond[:, 1])
+        tail = self.energy * (1 - 1e-13) - self.values[:, :order].square().sum(-1) - missed
+        return (tail.clamp_min(0) * self.floor).sqrt()
+
+
+def factor(norm: Norm, rank: int) -> HankelFactors:
+    """Factors of rank min(rank, order_limit) for the taps and weights of a norm; memory bounded by parts."""
+    parts = []
+    for part in chunks(norm.taps.shape[0], 8 * 12 * norm.length * (_columns(rank) + 8)):
+        parts.append(_factor_part(norm[part], rank))
+    shift, last, values, energy, beyond, floor = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    return HankelFactors(shift, last, values, energy, beyond, floor, norm.length)
+
+
+def _factor_part(norm: Norm, rank: int) -> tuple[Tensor, ...]:
+    heard, ratio = _heard(norm)
+    scale = heard.abs().amax(-1).clamp_min(1e-300)
+    heard = heard / scale.unsqueeze(-1)
+    n = heard.shape[-1]
+    p, q = n // 2 + 1, n - n // 2
+    rank = min(rank, order_limit(n + 1))
+    left, small = _project(heard, p, q, _columns(rank))
+    vectors, values, _ = torch.linalg.svd(small)
+    inside, edge = values.square().sum(-1), values[:, min(values.shape[-1], (rank + _columns(rank)) // 2) - 1]
+    vectors, values = vectors[..., :rank], values[..., :rank].clone()
+    kept = values > _RANK_CUTOFF * values[:, :1].clamp_min(1e-300)
+    vectors = vectors * kept.unsqueeze(1)
+    shift = vectors.mT @ (left[..., :-1] @ left[..., 1:].mT) @ vectors
+    last = (left[..., -1:].mT @ vectors).squeeze(1)
+    multiplicity = torch.arange(1, n + 1, dtype=heard.dtype, device=heard.device).clamp_max(min(p, q))
+    multiplicity = torch.minimum(multiplicity, multiplicity.flip(0))
+    energy = (multiplicity * heard.square()).sum(-1)
+    beyond = torch.stack([(energy - inside).clamp_min(0), edge.square()], -1)
+    whole = norm.size(norm.taps).square()
+    floor = torch.where(whole > 0, scale.square() * ratio / (min(p, q) * whole.clamp_min(1e-300)), 0.0)
+    return shift, last, values, energy, beyond, floor
+
+
+def _heard(norm: Norm) -> tuple[Tensor, Tensor]:
+    """The taps k_1, k_2, … the window is made of, and min_ω (w/|c|²) [filters]; see the module's text."""
+    taps, length = norm.taps, norm.length
+    ones = torch.ones(taps.shape[0], dtype=taps.dtype, device=taps.device)
+    if length < 3:  # two taps say nothing of the decay: half per step is assumed
+        return torch.stack([taps[:, -1], taps[:, -1] / 2], -1), 0 * ones
+    if norm.root is None:
+        return taps[:, 1:], ones
+    keep = max(1, length // 8)
+    size = 2 * norm.root.shape[-1] - 2
+    density = norm.root.square() * size
+    density[:, 1:-1] /= 2
+    floored = torch.maximum(density, 1e-6 * density.amax(-1, keepdim=True)).clamp_min(1e-300)
+    cepstrum = torch.fft.irfft(floored.log() / 2, n=size)
+    cepstrum[:, 1 : size // 2] *= 2
+    cepstrum[:, size // 2 + 1 :] = 0
+    factor = torch.fft.irfft(torch.exp(torch.fft.rfft(cepstrum)), n=size)[:, :keep]
+    response = torch.fft.rfft(factor, n=size)
+    correlated = torch.fft.irfft(torch.fft.rfft(taps, n=size) * response.conj(), n=size)
+    return correlated[:, 1 : length - keep + 1], (density / response.abs().square().clamp_min(1e-300)).amin(
+        -1
+    )
+
+
+def _columns(rank: int) -> int:
+    """Dimensions of the Krylov subspace that a rank is taken from."""
+    return rank + rank // 2 + 16
+
+
+def _project(g: Tensor, p: int, q: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal left vectors Q and a small S with Qᵀ H = S Vᵀ, V orthonormal too.
+
+    g: [filters, p + q − 1] → Q [filters, columns, p], S [filters, columns, columns]. Block Golub–Kahan
+    bidiagonalization with full reorthogonalization; where the window is hardly larger than the subspace,
+    the whole of it.
+    """
+    filters = g.shape[0]
+    if 2 * columns >= min(p, q):
+        window = g.unfold(-1, q, 1)
+        eye = torch.eye(p, dtype=g.dtype, device=g.device).expand(filters, p, p)
+        return eye, window if p <= q else torch.nn.functional.pad(window, (0, p - q))
+    size = fast_size(p + q - 1)
+    spectrum = torch.fft.rfft(g, n=size)
+    generator = torch.Generator().manual_seed(_SEED)
+    block = max(2, columns // 32)  # small blocks reach deep: what counts is converged first
+    start = torch.randn(block, q, generator=generator, dtype=torch.float64).to(g)
+    left = g.new_zeros(filters, columns, p)
+    right = g.new_zeros(filters, columns, q)
+    small = g.new_zeros(filters, columns, columns)
+    fresh = _multiply(spectrum, start.expand(filters, block, q), size, p)
+    for done in range(0, columns, block):
+        now = slice(done, min(done + block, columns))
+        left[:, now], _ = _orthonormal(fresh[:, : now.stop - done], left[:, :done])
+        image = _multiply(spectrum, left[:, now], size, q)
+        right[:, now], coefficients = _orthonormal(image, right[:, :done])
+        small[:, now, : now.stop] = coefficients
+        if now.stop < columns:
+            fresh = _multiply(spectrum, right[:, now], size, p)
+    return left, small
+
+
+def _multiply(spectrum: Tensor, x: Tensor, size: int, count: int) -> Tensor:
+    """y_i = Σ_j g_{i+j} x_j for i < count: [filters, columns, ·] → [filters, columns, count]."""
+    return torch.fft.irfft(spectrum.unsqueeze(1) * torch.fft.rfft(x, n=size).conj(), n=size)[..., :count]
+
+
+def _orthonormal(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """x = coefficients · [basis; new]: rows made orthonormal to a basis and each other, twice for rounding.
+
+    x: [filters, block, n]; basis: [filters, done, n] → new [filters, block, n],
+    coefficients [filters, block, done + block]
+    """
+    first = x @ basis.mT
+    new, upper = torch.linalg.qr((x - first @ basis).mT)
+    again = new.mT @ basis.mT
+    new, correction = torch.linalg.qr(new - basis.mT @ again.mT)
+    coefficients = torch.cat([first + upper.mT @ again, upper.mT @ correction.mT], dim=-1)
+    return new.mT, coefficients

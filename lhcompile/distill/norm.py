@@ -1,0 +1,106 @@
+"""The ruler of a reduction: the l2 norm of taps, plain or weighted by what the filter hears.
+
+A filter whose input has the power spectrum w answers an error e of its taps with the output power
+
+    ‖e‖_w² = (1/N) Σ_ω w(ω) |E(ω)|² = eᵀ T e,     T the Toeplitz matrix of the input's autocovariance,
+
+E being the transform of e padded to N ≥ 2·length samples, so that nothing wraps around. Without weights
+w = 1 and the norm is the l2 norm of the taps. Either way it is the norm of a vector of real *rows* that
+is linear in e, and the direct term D, which moves tap 0 alone, is projected out of the rows: what is left
+is the error after the best D has been chosen. Least squares, bounds and Gauss–Newton all work on rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lhcompile.errors import DistillError
+
+__all__ = ["Norm", "fast_size", "tap_norm"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The norm of a bank of filters.
+
+    taps: float64 [filters, length]
+    root: float64 [filters, bins] = √(w·multiplicity/N) on the grid of N = 2·(bins − 1), or None (plain)
+    """
+
+    taps: Tensor
+    root: Tensor | None = None
+
+    def __getitem__(self, part: slice | Tensor) -> Norm:
+        return Norm(self.taps[part], None if self.root is None else self.root[part])
+
+    @property
+    def length(self) -> int:
+        return self.taps.shape[-1]
+
+    def rows(self, columns: Tensor) -> Tensor:
+        """Signals [filters, columns, length] to rows [filters, columns, rows] without the direct term."""
+        if self.root is None:
+            return columns[..., 1:]
+        spectra = self.root.unsqueeze(1) * torch.fft.rfft(columns, n=2 * self.root.shape[-1] - 2)
+        direct = self.root / self.root.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+        heard = (spectra.real @ direct.unsqueeze(-1)) * direct.unsqueeze(1)
+        return torch.cat([spectra.real - heard, spectra.imag], dim=-1)
+
+    def direct(self, error: Tensor) -> Tensor:
+        """The best direct term for an error of the taps [filters, length] → [filters]."""
+        if self.root is None:
+            return error[:, 0].clone()
+        spectrum = torch.fft.rfft(error, n=2 * self.root.shape[-1] - 2).real
+        power = self.root.square()
+        return (power * spectrum).sum(-1) / power.sum(-1).clamp_min(1e-300)
+
+    def size(self, signal: Tensor) -> Tensor:
+        """‖signal‖_w of [filters, length] → [filters]."""
+        if self.root is None:
+            return signal.norm(dim=-1)
+        return (self.root * torch.fft.rfft(signal, n=2 * self.root.shape[-1] - 2)).abs().norm(dim=-1)
+
+    def relative(self, error: Tensor) -> Tensor:
+        """‖error‖_w / ‖taps‖_w, [filters]; 0 where the taps themselves are nothing."""
+        whole = self.size(self.taps)
+        return torch.where(whole > 0, self.size(error) / whole.clamp_min(1e-300), torch.zeros_like(whole))
+
+
+def tap_norm(taps: Tensor, weights: Tensor | None) -> Norm:
+    """The norm for taps [filters, length] heard through weights [filters, bins] or [1, bins], or None.
+
+    Bins are samples of the power spectrum from frequency 0 to π, both ends included; they are
+    interpolated linearly to the grid of the norm. Only their shape counts, not their scale.
+    """
+    taps = taps.to(torch.float64)
+    if weights is None:
+        return Norm(taps)
+    if weights.dim() != 2 or weights.shape[0] not in (1, taps.shape[0]) or weights.shape[1] < 2:
+        raise DistillError(
+            f"weights {tuple(weights.shape)} are not a power spectrum [filters, bins] "
+            f"for taps {tuple(taps.shape)}"
+        )
+    weights = weights.to(taps).expand(taps.shape[0], -1)
+    wrong = ~(torch.isfinite(weights) & (weights >= 0)).all(-1)
+    if bool(wrong.any()):
+        index = int(wrong.nonzero()[0])
+        raise DistillError(f"the weights of filter {index} are not a finite power spectrum ≥ 0")
+    bins = fast_size(2 * taps.shape[-1]) // 2 + 1
+    grid = torch.nn.functional.interpolate(weights.unsqueeze(1), size=bins, mode="linear", align_corners=True)
+    grid = grid.squeeze(1)
+    multiplicity = torch.full_like(grid, 2.0)
+    multiplicity[:, [0, -1]] = 1.0
+    mean = (grid * multiplicity).sum(-1, keepdim=True) / (2 * bins - 2)
+    return Norm(taps, (grid * multiplicity / (2 * bins - 2) / mean.clamp_min(1e-300)).sqrt())
+
+
+def fast_size(size: int) -> int:
+    """The smallest even 2^a·3^b·5^c that is ≥ size: lengths whose FFT is quick."""
+    best = 1 << max(1, (size - 1).bit_length())
+    for factor in (3, 5, 9, 15, 25, 27):
+        power = max(1, (-(-size // factor) - 1).bit_length())
+        best = min(best, factor << power)
+    return best

@@ -1,0 +1,200 @@
+"""Writing nodes of the new graph: layouts, sizes and the lhc operators."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from lhcompile import ops  # noqa: F401  (registers lhc::)
+from lhcompile.recognize.values import FirTaps, LongTaps, Window, axes_of, refuse, tensor_sizes
+from lhcompile.sizes import BATCH, TIME, Size, emit_size
+
+__all__ = ["Emitter", "causal_taps"]
+
+aten = torch.ops.aten
+NEGATIVE_LAG = 1e-5
+"""Taps at negative lags below this share of the largest tap are the rounding of a single-precision transform."""
+TRAILING = 1e-7
+"""Trailing taps below this share of the largest tap are rounding of zero."""
+
+
+class Emitter:
+    """Adds nodes to the new graph with their sizes and the origin of the old node they stand for."""
+
+    def __init__(self, root: GraphModule) -> None:
+        self.root = root
+        self.graph = Graph()
+        self.origin: Node | None = None
+        self._emitted: dict[Size, Node | int] = {}
+        self._constants = 0
+
+    def start(self, old: Node) -> Node:
+        """The token input, and the two sizes read from it."""
+        ids = self.graph.placeholder("input_ids")
+        ids.meta.update(old.meta, dtype=torch.int64)
+        self.batch = self.graph.call_function(aten.sym_size.int, (ids, 0))
+        self.time = self.graph.call_function(aten.sym_size.int, (ids, 1))
+        self.batch.meta["size"], self.time.meta["size"] = BATCH, TIME
+        self._emitted = {BATCH: self.batch, TIME: self.time}
+        return ids
+
+    def size(self, size: Size) -> Node | int:
+        if size not in self._emitted:
+            self._emitted[size] = emit_size(self.graph, size, self.batch, self.time)
+        return self._emitted[size]
+
+    def constant(self, value: Tensor, hint: str = "constant") -> Node:
+        """A buffer of the new program."""
+        name = f"{hint}_{self._constants}"
+        self._constants += 1
+        self.root.register_buffer(name, value.detach().contiguous())
+        node = self.graph.get_attr(name)
+        node.meta["sizes"] = tuple(Size(0, 0, n) for n in value.shape)
+        return node
+
+    def call(self, target: object, args: tuple[Any, ...], sizes: object, kwargs: dict[str, Any] | None = None) -> Node:
+        node = self.graph.call_function(target, args, kwargs or {})  # type: ignore[arg-type]
+        if self.origin is not None:
+            for key in ("nn_module_stack", "stack_trace"):
+                if key in self.origin.meta:
+                    node.meta[key] = self.origin.meta[key]
+        node.meta["sizes"] = sizes
+        return node
+
+    def permute(self, x: Node, order: Sequence[int]) -> Node:
+        if list(order) == sorted(order):
+            return x
+        sizes = tensor_sizes(x)
+        return self.call(aten.permute.default, (x, list(order)), tuple(sizes[i] for i in order))
+
+    def reshape(self, x: Node, sizes: tuple[Size, ...]) -> Node:
+        if tensor_sizes(x) == sizes:
+            return x
+        return self.call(aten.reshape.default, (x, [self.size(size) for size in sizes]), sizes)
+
+    def item(self, pair: Node, sizes: tuple[Size, ...]) -> Node:
+        return self.call(operator.getitem, (pair, 0), sizes)
+
+    # ---- the operators -----------------------------------------------------------------------------------------
+
+    def convolution(self, window: Window, node: Node, delay: int, context: int) -> Node:
+        """One lhc operator for a window that starts `delay` positions early, cut to the sequence."""
+        if isinstance(window.taps, LongTaps):
+            return self._long(window, causal_taps(window.taps, window.axis, node, context), node, delay)
+        return self._fir(window, node, delay)
+
+    def _fir(self, window: Window, node: Node, delay: int) -> Node:
+        source, sizes = window.source, tensor_sizes(window.source)
+        batch, time = axes_of(sizes, node)
+        order, channels, groups_of_batch = _layout(sizes, batch, time)
+        taps = window.taps
+        if taps is None:
+            count = math.prod(size.offset for size in channels) * groups_of_batch
+            taps = FirTaps(torch.ones(count, 1, 1), None, count)
+            outs = channels
+        else:
+            assert isinstance(taps, FirTaps)
+            weight = taps.weight.repeat(groups_of_batch, 1, 1)
+            bias = None if taps.bias is None else taps.bias.repeat(groups_of_batch)
+            outs = [Size(0, 0, taps.weight.shape[0])]
+            taps = FirTaps(weight, bias, taps.groups * groups_of_batch)
+        weight = torch.nn.functional.pad(taps.weight, (0, delay))
+        flat = Size(0, 0, math.prod(size.offset for size in channels) * groups_of_batch)
+        u = self.reshape(self.permute(source, order), (BATCH, flat, TIME))
+        bias_node = None if taps.bias is None else self.constant(taps.bias, "bias")
+        args = (u, self.constant(weight, "weight"), bias_node, None, taps.groups)
+        out_flat = Size(0, 0, weight.shape[0])
+        y = self.item(self.call(torch.ops.lhc.fir.default, args, None), (BATCH, out_flat, TIME))
+        return self._back(y, [sizes[batch], *outs, TIME], order)
+
+    def _long(self, window: Window, taps: Tensor, node: Node, delay: int) -> Node:
+        """taps: aligned with the source's axes, lag along window.axis."""
+        source = self._expand(window.source, taps, window.axis)
+        sizes = tensor_sizes(source)
+        batch, time = axes_of(sizes, node)
+        if taps.shape[batch] != 1:
+            raise refuse(node, "its filter differs between rows of the batch")
+        order, channels, groups_of_batch = _layout(sizes, batch, time)
+        taps = torch.nn.functional.pad(taps.permute(order)[0], (delay, 0))  # [*channels, lag]
+        filters, inner = _shared(taps, [size.offset for size in channels])
+        flat = Size(0, 0, math.prod(size.offset for size in channels) * groups_of_batch)
+        u = self.reshape(self.permute(source, order), (BATCH, flat, TIME))
+        args = (u, self.constant(filters, "taps"), None, inner)
+        y = self.item(self.call(torch.ops.lhc.long_conv.default, args, None), (BATCH, flat, TIME))
+        return self._back(y, [sizes[batch], *channels, TIME], order)
+
+    def _back(self, y: Node, sizes: list[Size], order: list[int]) -> Node:
+        y = self.reshape(y, tuple(sizes))
+        return self.permute(y, [order.index(i) for i in range(len(order))])
+
+    def _expand(self, source: Node, taps: Tensor, axis: int) -> Node:
+        """Broadcast the source against taps that have more channels than it."""
+        sizes = tensor_sizes(source)
+        wanted = tuple(
+            Size(0, 0, count) if i != axis and size.fixed and size.offset == 1 and count != 1 else size
+            for i, (size, count) in enumerate(zip(sizes, taps.shape, strict=True))
+        )
+        if wanted == sizes:
+            return source
+        return self.call(aten.expand.default, (source, [self.size(size) for size in wanted]), wanted)
+
+
+def _layout(sizes: tuple[Size, ...], batch: int, time: int) -> tuple[list[int], list[Size], int]:
+    """Axis order [batch, channels…, time], the channel sizes, and how many channels are merged into batch."""
+    middle = [i for i in range(len(sizes)) if i not in (batch, time)]
+    return [batch, *middle, time], [sizes[i] for i in middle], sizes[batch].offset
+
+
+def _shared(taps: Tensor, channels: list[int]) -> tuple[Tensor, int]:
+    """taps [*channels or 1, lag] → (filters [C, lag], inner) such that channel n is heard through filter (n // inner) % C."""
+    own = [i for i, count in enumerate(channels) if count != 1 and taps.shape[i] != 1]
+    if not own:
+        return taps.reshape(1, -1), 1
+    first, last = own[0], own[-1]
+    shape = [1] * len(channels)
+    shape[first : last + 1] = channels[first : last + 1]
+    filters = taps.expand(*shape, taps.shape[-1]).reshape(-1, taps.shape[-1])
+    return filters, math.prod(channels[last + 1 :])
+
+
+def causal_taps(taps: LongTaps, axis: int, node: Node, context: int) -> Tensor:
+    """The filter's own taps, lag along `axis`, checked to look back only and not to change with the length."""
+    whole = _one_sided(taps, axis, node, context)
+    shorter = max(context // 2, 2)
+    part = _one_sided(taps, axis, node, shorter).narrow(axis, 0, shorter)
+    span = min(shorter, whole.shape[axis])
+    scale = float(whole.abs().max())
+    if float((whole.narrow(axis, 0, span) - part.narrow(axis, 0, span)).abs().max()) > 1e-4 * scale:
+        raise refuse(
+            node, f"its filter is another one at length {shorter} than at length {context}: there are no fixed taps"
+        )
+    heard = (whole.abs() > TRAILING * scale).movedim(axis, -1).flatten(0, -2).any(0).nonzero()
+    length = int(heard[-1]) + 1 if len(heard) else 1
+    return whole.narrow(axis, 0, length)
+
+
+def _one_sided(taps: LongTaps, axis: int, node: Node, time: int) -> Tensor:
+    values, size = taps.at(time), taps.size(time)
+    if not bool(torch.isfinite(values).all()):
+        raise refuse(node, "its filter holds NaN or infinite taps")
+    if values.is_complex():
+        if float(values.imag.abs().max()) > NEGATIVE_LAG * float(values.abs().max()):
+            raise refuse(node, "its filter is not real")
+        values = values.real
+    keep = min(time, size - time + 1)
+    ahead = values.narrow(axis, keep, size - keep) if keep > 0 else values
+    if ahead.numel() and float(ahead.abs().max()) > NEGATIVE_LAG * float(values.abs().max()):
+        if size < 2 * time - 1:
+            raise refuse(
+                node,
+                f"a transform of length {size} wraps the end of a sequence of {time} onto its start "
+                f"(it looks ahead); it takes {2 * time - 1} or more",
+            )
+        raise refuse(node, "looks ahead: its filter has taps at negative lags")
+    return values.narrow(axis, 0, keep)

@@ -1,0 +1,187 @@
+"""What a build reports: the figures behind report.html, and report.json as they are.
+
+Losses and KL are in nats per token, times in seconds, sizes in bytes, orders in real state dimensions. What
+was not measured, or has no meaning for the model at hand, is None or an empty list. A figure that is not
+finite is kept and written as the text NaN or Infinity, so that a report of a failure can still be read.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+__all__ = [
+    "BudgetReport",
+    "FilterSample",
+    "GraphReport",
+    "LayerReport",
+    "ModelReport",
+    "OrderTried",
+    "PoleCloud",
+    "Report",
+    "Spectrum",
+    "StageFidelity",
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class ModelReport(_Part):
+    """The model that was compiled; `source` is the file or factory it came from."""
+
+    family: str
+    source: str
+    parameters: int
+    vocab_size: int | None = None
+    context_length: int
+
+
+class StageFidelity(_Part):
+    """The model after one stage, against the reference on the same tokens.
+
+    name: reference, captured, distilled, streamed or onnx
+    max_logit_difference: largest absolute difference of any output (0 for the reference)
+    """
+
+    name: str
+    tokens: int
+    loss: float | None = None
+    kl_mean: float | None = None
+    top1_agreement: float | None = None
+    max_logit_difference: float | None = None
+
+
+class LayerReport(_Part):
+    """What one module's long convolution became.
+
+    order_max, order_mean: 0 where taps are kept as they are
+    tap_error: relative l2 distance of the taps, worst filter; None where taps are kept as they are
+    hankel_bound: what the discarded Hankel singular values say about it, in the same unit
+    state_bytes: per sequence
+    """
+
+    module: str
+    method: str
+    filters: int
+    channels: int
+    order_max: int
+    order_mean: float
+    tap_error: float | None = None
+    hankel_bound: float | None = None
+    state_bytes: int
+
+
+class FilterSample(_Part):
+    """One filter's taps and those of the system that replaced it, every `stride`-th of them.
+
+    taps, fit: [length], entry i is the tap at distance i · stride into the past
+    error: relative l2 distance over all taps
+    """
+
+    module: str
+    filter: int
+    taps: list[float]
+    fit: list[float]
+    error: float
+    stride: int = 1
+
+    @model_validator(mode="after")
+    def _same_length(self) -> FilterSample:
+        if len(self.taps) != len(self.fit) or not self.taps:
+            raise ValueError(f"{self.module}: {len(self.taps)} taps but a fit of {len(self.fit)}")
+        return self
+
+
+class Spectrum(_Part):
+    """Hankel singular values of one module's filters, largest first.
+
+    hankel_singular_values: [count], the median over the filters; low and high: [count], a band about it
+    order: the order that was chosen (the largest, where filters differ)
+    """
+
+    module: str
+    hankel_singular_values: list[float]
+    order: int
+    low: list[float] = []
+    high: list[float] = []
+
+
+class PoleCloud(_Part):
+    """All poles of one module; re, im: [poles]. A pole of exactly 0 is an unused entry and is not shown."""
+
+    module: str
+    re: list[float]
+    im: list[float]
+
+    @model_validator(mode="after")
+    def _same_length(self) -> PoleCloud:
+        if len(self.re) != len(self.im):
+            raise ValueError(f"{self.module}: {len(self.re)} real parts and {len(self.im)} imaginary parts")
+        return self
+
+
+class OrderTried(_Part):
+    """One order of the search for the budget; `rise` is relative to the reference loss."""
+
+    order: int
+    loss: float
+    rise: float
+
+
+class BudgetReport(_Part):
+    """The relative rise of the loss that was allowed, what was measured in the end, and what was tried."""
+
+    requested: float
+    measured: float | None = None
+    orders: list[OrderTried] = []
+
+
+class GraphReport(_Part):
+    """Sizes of the step graph in ONNX nodes."""
+
+    step_nodes: int
+    nodes_per_layer: float | None = None
+
+
+class Report(_Part):
+    """Everything a build has to say. `stages` begins with the reference; the last one is what was written.
+
+    layers: in the model's order; timings: stage → seconds; files: name → bytes
+    state_bytes: all states of one sequence, short convolutions included
+    """
+
+    model: ModelReport
+    target: str
+    quantize: str = "none"
+    command: str
+    versions: dict[str, str] = {}
+    stages: list[StageFidelity]
+    layers: list[LayerReport] = []
+    samples: list[FilterSample] = []
+    spectra: list[Spectrum] = []
+    poles: list[PoleCloud] = []
+    budget: BudgetReport | None = None
+    graph: GraphReport | None = None
+    state_bytes: int
+    timings: dict[str, float] = {}
+    files: dict[str, int] = {}
+
+    @model_validator(mode="after")
+    def _has_stages(self) -> Report:
+        if not self.stages:
+            raise ValueError("a report needs at least its reference stage")
+        return self
+
+    @property
+    def loss_rise(self) -> float | None:
+        """(last loss − reference loss) / reference loss; None where there is no loss."""
+        first, last = self.stages[0].loss, self.stages[-1].loss
+        return None if first is None or last is None or first == 0 else (last - first) / abs(first)
+
+    @property
+    def order_mean(self) -> float | None:
+        """Mean order over the filters that were made modal; None if there are none."""
+        modal = [layer for layer in self.layers if layer.order_max > 0]
+        filters = sum(layer.filters for layer in modal)
+        return sum(layer.order_mean * layer.filters for layer in modal) / filters if filters else None

@@ -1,0 +1,203 @@
+"""manifest.json of a built directory, format_version 1: read, validated, and its files checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lhruntime.errors import FormatError
+
+__all__ = ["FORMAT_VERSION", "FileRecord", "Manifest", "StateSpec", "check_files", "read_manifest"]
+
+FORMAT_VERSION = 1
+STATE_DTYPES = ("float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+_KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One state: the graph input that reads it, the graph output that writes it, shape and dtype.
+
+    shape holds sizes and at most one "batch".
+    """
+
+    input: str
+    output: str
+    shape: tuple[int | str, ...]
+    dtype: np.dtype[Any]
+
+    def sized(self, batch: int) -> tuple[int, ...]:
+        """The shape with "batch" replaced by a number."""
+        return tuple(batch if isinstance(size, str) else size for size in self.shape)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest promises about one file."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The part of manifest.json that running a model needs.
+
+    features is True for a model of continuous signals: its input is float32 [batch, seq, channels] and
+    vocab_size is None. Otherwise the input is int64 [batch, seq] of ids below vocab_size.
+    """
+
+    directory: Path
+    family: str
+    vocab_size: int | None
+    features: bool
+    input: str
+    output: str
+    step_file: str
+    prefill_file: str
+    states: tuple[StateSpec, ...]
+    tokenizer: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the names and hashes of all files: equal for equal models."""
+        hashes = {name: record.sha256 for name, record in self.files.items()}
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
+    """Read and validate `directory/manifest.json`.
+
+    Raises FormatError naming the field that is missing, of a wrong kind, or not understood.
+    """
+    root = Path(directory)
+    raw = _read_json(root / "manifest.json")
+    if raw.get("format") != "lhcompile":
+        raise FormatError(f"manifest.json: format is {raw.get('format')!r}, expected 'lhcompile'")
+    version = _get(raw, "format_version", int)
+    if version != FORMAT_VERSION:
+        raise FormatError(f"manifest.json: format_version is {version}, this runtime reads {FORMAT_VERSION}")
+    model = _get(raw, "model", dict)
+    input_name, features = _signal(raw)
+    files = _files(_get(raw, "files", dict))
+    graphs = _get(raw, "graphs", dict)
+    tokenizer = _get(raw, "tokenizer", dict) if "tokenizer" in raw else {"kind": "none"}
+    _get(tokenizer, "kind", str, "tokenizer.")
+    return Manifest(
+        directory=root,
+        family=str(model.get("family", "")),
+        vocab_size=None if features else _positive(model, "vocab_size", "model."),
+        features=features,
+        input=input_name,
+        output=_get(_get(raw, "outputs", dict), "values" if features else "logits", str, "outputs."),
+        step_file=_graph_file(graphs, "step", files),
+        prefill_file=_graph_file(graphs, "prefill", files),
+        states=_states(_get(raw, "states", list)),
+        tokenizer=tokenizer,
+        files=files,
+    )
+
+
+def check_files(manifest: Manifest) -> None:
+    """Compare size and sha256 of every listed file with the manifest.
+
+    Raises FormatError naming the first file that is missing or differs.
+    """
+    for name, record in manifest.files.items():
+        path = manifest.directory / name
+        if not path.is_file():
+            raise FormatError(f"{name}: listed in manifest.json but not in {manifest.directory}")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise FormatError(f"{name}: has {size} bytes, manifest.json says {record.bytes}")
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != record.sha256:
+            raise FormatError(f"{name}: sha256 is {digest}, manifest.json says {record.sha256}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror}): not a built directory") from error
+    except ValueError as error:
+        raise FormatError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise FormatError(f"{path}: holds {type(raw).__name__}, expected an object")
+    return raw
+
+
+def _get(raw: Mapping[str, Any], key: str, kind: type, where: str = "") -> Any:
+    if key not in raw:
+        raise FormatError(f"manifest.json: {where}{key} is missing")
+    value = raw[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise FormatError(f"manifest.json: {where}{key} is {value!r}, expected {_KINDS[kind]}")
+    return value
+
+
+def _positive(raw: Mapping[str, Any], key: str, where: str) -> int:
+    value: int = _get(raw, key, int, where)
+    if value < 1:
+        raise FormatError(f"manifest.json: {where}{key} is {value}, expected at least 1")
+    return value
+
+
+def _signal(raw: Mapping[str, Any]) -> tuple[str, bool]:
+    inputs = _get(raw, "inputs", dict)
+    if set(inputs) not in ({"tokens"}, {"features"}):
+        raise FormatError(f"manifest.json: inputs has {sorted(inputs)}, expected one of 'tokens', 'features'")
+    kind = next(iter(inputs))
+    return _get(inputs, kind, str, "inputs."), kind == "features"
+
+
+def _files(raw: Mapping[str, Any]) -> dict[str, FileRecord]:
+    files = {}
+    for name in raw:
+        if name in ("", ".", "..") or "/" in name or "\\" in name or ":" in name:
+            raise FormatError(f"manifest.json: files names {name!r}, expected a plain file name")
+        record = _get(raw, name, dict, "files.")
+        sha256 = _get(record, "sha256", str, f"files.{name}.")
+        files[name] = FileRecord(sha256.lower(), _get(record, "bytes", int, f"files.{name}."))
+    return files
+
+
+def _graph_file(graphs: Mapping[str, Any], kind: str, files: Mapping[str, FileRecord]) -> str:
+    name: str = _get(_get(graphs, kind, dict, "graphs."), "file", str, f"graphs.{kind}.")
+    if name not in files:
+        raise FormatError(f"manifest.json: graphs.{kind}.file is {name!r}, which files does not list")
+    return name
+
+
+def _states(raw: list[Any]) -> tuple[StateSpec, ...]:
+    states = tuple(_state(entry, f"states[{index}]") for index, entry in enumerate(raw))
+    for side in ("input", "output"):
+        names = [getattr(state, side) for state in states]
+        for name in names:
+            if names.count(name) > 1:
+                raise FormatError(f"manifest.json: states has two entries with {side} {name!r}")
+    return states
+
+
+def _state(raw: Any, where: str) -> StateSpec:
+    if not isinstance(raw, dict):
+        raise FormatError(f"manifest.json: {where} is {raw!r}, expected an object")
+    shape = tuple(_get(raw, "shape", list, f"{where}."))
+    sizes = [size for size in shape if size != "batch"]
+    if len(shape) - len(sizes) > 1 or not all(type(size) is int and size >= 0 for size in sizes):
+        raise FormatError(f"manifest.json: {where}.shape is {list(shape)}, expected sizes and one 'batch'")
+    dtype = _get(raw, "dtype", str, f"{where}.")
+    if dtype not in STATE_DTYPES:
+        known = ", ".join(STATE_DTYPES)
+        raise FormatError(f"manifest.json: {where}.dtype is {dtype!r}, expected one of {known}")
+    names = (_get(raw, "input", str, f"{where}."), _get(raw, "output", str, f"{where}."))
+    return StateSpec(*names, shape, np.dtype(dtype))

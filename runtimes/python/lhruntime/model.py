@@ -1,0 +1,203 @@
+"""A loaded model: its manifest and the two ONNX Runtime sessions, shared by every Session made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from lhruntime.errors import ArgumentError, FormatError
+from lhruntime.manifest import Manifest, StateSpec
+
+__all__ = ["LoadedModel", "load_model"]
+
+Provider = str | tuple[str, dict[str, Any]]
+Dim = int | str
+
+_ORT_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "float64": "tensor(double)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+    "int16": "tensor(int16)",
+    "int8": "tensor(int8)",
+    "uint8": "tensor(uint8)",
+    "bool": "tensor(bool)",
+}
+_OUTPUT_DTYPES = ("float32", "float16", "float64")
+_ERRORS_ONLY = 3
+_DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A verified model, ready to run; holds no state.
+
+    input_dtype, input_tail: int64, () for tokens; float32, (channels,) for features
+    output_dtype, width:     of the logits or values [batch, seq, width]
+    device:                  where the states live, "cpu" or "cuda"
+    """
+
+    manifest: Manifest
+    fingerprint: str
+    step: ort.InferenceSession
+    prefill: ort.InferenceSession
+    input_dtype: np.dtype[Any]
+    input_tail: tuple[int, ...]
+    output_dtype: np.dtype[Any]
+    width: int
+    device: str
+
+
+def load_model(
+    manifest: Manifest, *, batch: int, providers: Sequence[Provider] | None, threads: int | None
+) -> LoadedModel:
+    """Open both graphs and compare them with the manifest.
+
+    Raises FormatError if a graph cannot be loaded or contradicts the manifest, ArgumentError for a
+    provider or thread count that cannot be had.
+    """
+    chosen = _check_providers(providers)
+    options = _options(threads)
+    step = _open(manifest, manifest.step_file, options, chosen)
+    prefill = _open(manifest, manifest.prefill_file, options, chosen)
+    channels = _last_dim(step.get_inputs(), manifest.step_file) if manifest.features else None
+    width = manifest.vocab_size or _last_dim(step.get_outputs(), manifest.step_file)
+    for graph, file, seq in ((step, manifest.step_file, "one"), (prefill, manifest.prefill_file, "seq")):
+        _check_graph(graph, file, manifest, batch, seq, channels, width)
+    return LoadedModel(
+        manifest=manifest,
+        fingerprint=manifest.fingerprint,
+        step=step,
+        prefill=prefill,
+        input_dtype=np.dtype(np.int64 if channels is None else np.float32),
+        input_tail=() if channels is None else (channels,),
+        output_dtype=_output_dtype(manifest, step, prefill),
+        width=width,
+        device=_DEVICES.get(step.get_providers()[0], "cpu"),
+    )
+
+
+def _check_providers(providers: Sequence[Provider] | None) -> list[Provider]:
+    chosen: list[Provider] = ["CPUExecutionProvider"] if providers is None else list(providers)
+    available = ort.get_available_providers()
+    known = ", ".join(available)
+    if not chosen:
+        raise ArgumentError(f"providers is empty; this onnxruntime has {known}")
+    for provider in chosen:
+        name = provider if isinstance(provider, str) else provider[0]
+        if name not in available:
+            raise ArgumentError(f"provider {name!r} is not in this onnxruntime, which has {known}")
+    return chosen
+
+
+def _options(threads: int | None) -> ort.SessionOptions:
+    if threads is not None and threads < 1:
+        raise ArgumentError(f"threads is {threads}, expected at least 1")
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def _open(
+    manifest: Manifest, file: str, options: ort.SessionOptions, providers: list[Provider]
+) -> ort.InferenceSession:
+    path = manifest.directory / file
+    if not path.is_file():
+        raise FormatError(f"{file}: not in {manifest.directory}")
+    try:
+        session = ort.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        reason = str(error).partition("\n")[0]
+        raise FormatError(f"{file}: ONNX Runtime cannot load it: {reason}") from error
+    first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if session.get_providers()[0] != first:
+        raise ArgumentError(f"provider {first!r} could not be started for {file}")
+    return session
+
+
+def _check_graph(
+    graph: ort.InferenceSession,
+    file: str,
+    manifest: Manifest,
+    batch: int,
+    seq: str,
+    channels: int | None,
+    width: int,
+) -> None:
+    """Names, order, dtypes and shapes; an output may leave sizes undeclared, an input may not.
+
+    seq is "seq" where any length must be accepted, "one" where one position is enough.
+    """
+    states = manifest.states
+    lead: tuple[Dim, ...] = ("batch", seq)
+    tail = () if channels is None else (channels,)
+    for kind, values, names in (
+        ("input", graph.get_inputs(), [manifest.input, *(state.input for state in states)]),
+        ("output", graph.get_outputs(), [manifest.output, *(state.output for state in states)]),
+    ):
+        found = [value.name for value in values]
+        if found != names:
+            raise FormatError(f"{file}: {kind}s are {found}, manifest.json says {names}")
+    reads, writes = graph.get_inputs(), graph.get_outputs()
+    input_type = "int64" if channels is None else "float32"
+    _check_value(file, reads[0], (input_type,), lead + tail, batch, declared=True)
+    _check_value(file, writes[0], _OUTPUT_DTYPES, (*lead, width), batch, declared=False)
+    for state, read, write in zip(states, reads[1:], writes[1:], strict=True):
+        _check_state(file, state, read, write, batch)
+
+
+def _check_state(file: str, state: StateSpec, read: ort.NodeArg, write: ort.NodeArg, batch: int) -> None:
+    _check_value(file, read, (state.dtype.name,), state.shape, batch, declared=True)
+    _check_value(file, write, (state.dtype.name,), state.shape, batch, declared=False)
+
+
+def _check_value(
+    file: str, value: ort.NodeArg, dtypes: Sequence[str], shape: Sequence[Dim], batch: int, *, declared: bool
+) -> None:
+    if value.type not in {_ORT_TYPES[dtype] for dtype in dtypes}:
+        raise FormatError(f"{file}: {value.name} is {value.type}, manifest.json says {' or '.join(dtypes)}")
+    if len(value.shape) != len(shape):
+        raise FormatError(f"{file}: {value.name} has shape {value.shape}, manifest.json says {list(shape)}")
+    for axis, (found, wanted) in enumerate(zip(value.shape, shape, strict=True)):
+        _check_dim(f"{file}: axis {axis} of {value.name}", found, wanted, batch, declared)
+
+
+def _check_dim(where: str, found: Any, wanted: Dim, batch: int, declared: bool) -> None:
+    fixed = isinstance(found, int)
+    if wanted == "batch":
+        if fixed and found != batch:
+            raise FormatError(f"{where} has the fixed batch {found}, this session asks for batch {batch}")
+    elif wanted == "seq":
+        if fixed:
+            raise FormatError(f"{where} has the fixed length {found}, expected any length")
+    elif wanted == "one":
+        if fixed and found != 1:
+            raise FormatError(f"{where} has the fixed length {found}, expected 1")
+    elif fixed and found != wanted:
+        raise FormatError(f"{where} has size {found}, manifest.json says {wanted}")
+    elif not fixed and declared:
+        raise FormatError(f"{where} has no fixed size, manifest.json says {wanted}")
+
+
+def _last_dim(values: Sequence[ort.NodeArg], file: str) -> int:
+    shape = values[0].shape if values else []
+    if not shape or not isinstance(shape[-1], int):
+        name = values[0].name if values else "the graph"
+        raise FormatError(f"{file}: {name} has shape {shape}, expected a fixed number of channels last")
+    return int(shape[-1])
+
+
+def _output_dtype(
+    manifest: Manifest, step: ort.InferenceSession, prefill: ort.InferenceSession
+) -> np.dtype[Any]:
+    first, second = (graph.get_outputs()[0].type for graph in (step, prefill))
+    if first != second:
+        raise FormatError(f"{manifest.prefill_file}: {manifest.output} is {second}, in the step {first}")
+    return np.dtype(next(name for name, kind in _ORT_TYPES.items() if kind == first))

@@ -1,0 +1,246 @@
+"""Session: one stream (or a batch of streams) of a built model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lhruntime.errors import ArgumentError, SnapshotError
+from lhruntime.inputs import as_sequence, as_single, check_count
+from lhruntime.manifest import Manifest, check_files, read_manifest
+from lhruntime.model import LoadedModel, Provider, load_model
+from lhruntime.runner import Runner
+from lhruntime.sampling import Sampler, row_generators
+from lhruntime.snapshot import Snapshot, pack, unpack
+from lhruntime.tokenizer import ByteTokenizer, IdsOnly, tokenizer_for
+
+__all__ = ["DEFAULT_CHUNK", "Session"]
+
+DEFAULT_CHUNK = 1024
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Session:
+    """A model with its states, which remember everything consumed so far.
+
+    tail is () for a token model and (channels,) for a model of continuous signals; width is the vocabulary
+    or the number of output channels. A session is for one thread at a time; forks are independent.
+    """
+
+    def __init__(self, model: LoadedModel, batch: int) -> None:
+        """Use `Session.load`."""
+        self._model = model
+        self._batch = batch
+        self._runner = Runner(model, batch)
+        self._position = 0
+        self._tokenizer = tokenizer_for(model.manifest)
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        batch: int = 1,
+        providers: Sequence[Provider] | None = None,
+        threads: int | None = None,
+        verify: bool = True,
+    ) -> Session:
+        """Open a built directory with all states zero.
+
+        batch:     how many streams run side by side
+        providers: ONNX Runtime execution providers, the CPU if None; on CUDA the states stay on the device
+        threads:   intra-op threads of each graph; ONNX Runtime decides if None
+        verify:    compare size and sha256 of every listed file with the manifest first
+
+        Raises FormatError if the directory is incomplete, altered or contradicts its manifest,
+        ArgumentError for an option that cannot be had.
+        """
+        batch = check_count("batch", batch)
+        manifest = read_manifest(directory)
+        if verify:
+            check_files(manifest)
+        return cls(load_model(manifest, batch=batch, providers=providers, threads=threads), batch)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the built directory says about itself."""
+        return self._model.manifest
+
+    @property
+    def tokenizer(self) -> ByteTokenizer | IdsOnly:
+        """Text to ids and back, if the model is byte-level."""
+        return self._tokenizer
+
+    @property
+    def batch(self) -> int:
+        """How many streams run side by side."""
+        return self._batch
+
+    @property
+    def position(self) -> int:
+        """How many positions each stream has consumed."""
+        return self._position
+
+    def states(self) -> dict[str, Array]:
+        """Copies of the present states by the name of the graph input that reads them."""
+        names = [spec.input for spec in self.manifest.states]
+        return dict(zip(names, self._runner.read(), strict=True))
+
+    def reset(self) -> None:
+        """Back to the beginning: states zero, position 0."""
+        self._runner.zero()
+        self._position = 0
+
+    def prefill(self, tokens: ArrayLike, *, last_only: bool = False, chunk: int = DEFAULT_CHUNK) -> Array:
+        """Consume tokens [batch, seq, *tail] ([seq, *tail] will do at batch 1), seq ≥ 1.
+
+        Returns float32 [batch, seq, width], or with last_only the last position [batch, width]. A long
+        prompt is cut into calls of at most `chunk` positions; with last_only memory does not grow with seq.
+
+        Raises ArgumentError for an empty prompt, a wrong batch, axis or dtype, or a token id out of range;
+        nothing is consumed then.
+        """
+        chunk = check_count("chunk", chunk)
+        values = as_sequence(tokens, self._model, self._batch)
+        length = values.shape[1]
+        pieces = (values[:, start : start + chunk] for start in range(0, length, chunk))
+        if last_only:
+            last = None
+            for piece in pieces:
+                last = self._consume(piece)[:, -1]
+            assert last is not None
+            return np.array(last, np.float32)
+        if length <= chunk:
+            # the output of a single position is the runner's buffer, any other is already the caller's
+            return self._consume(values).astype(np.float32, copy=length == 1)
+        result = np.empty((self._batch, length, self._model.width), np.float32)
+        for start, piece in zip(range(0, length, chunk), pieces, strict=True):
+            result[:, start : start + chunk] = self._consume(piece)
+        return result
+
+    def step(self, tokens: ArrayLike) -> Array:
+        """Consume one position, tokens [batch, *tail]; returns float32 [batch, width].
+
+        Raises ArgumentError as prefill does.
+        """
+        self._runner.step_input[:, 0] = as_single(tokens, self._model, self._batch)
+        output = self._runner.step()[:, 0].astype(np.float32)
+        self._position += 1
+        return output
+
+    def generate(
+        self,
+        prompt: ArrayLike,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_tokens: Collection[int] = (),
+        chunk: int = DEFAULT_CHUNK,
+    ) -> Iterator[Array]:
+        """Consume the prompt [batch, seq] after what came before, then yield int64 [batch] token by token.
+
+        temperature, top_k, top_p: see Sampler. seed: the tokens of row r depend on (seed, r) and its own
+        logits alone. A row that meets one of stop_tokens repeats it; when all rows have stopped, so does
+        the iteration, the stop tokens included. **A yielded token has been consumed**: whenever the
+        iteration ends, the session stands behind the last yielded token. Do not advance it in between.
+
+        Raises ArgumentError at once for a bad argument, or if the model has no tokens.
+        """
+        if self.manifest.vocab_size is None:
+            raise ArgumentError("this model maps features to values: there are no tokens to generate")
+        check_count("max_new_tokens", max_new_tokens)
+        check_count("chunk", chunk)
+        sampler = Sampler(temperature, top_k, top_p)
+        generators = row_generators(seed, self._batch)
+        tokens = as_sequence(prompt, self._model, self._batch)
+        stop = self._stop_ids(stop_tokens)
+        return self._stream(tokens, max_new_tokens, sampler, generators, stop, chunk)
+
+    def snapshot(self, path: str | os.PathLike[str] | None = None) -> bytes:
+        """States and position as bytes; also written to `path`, whole or not at all, if one is given."""
+        states = self._runner.read()
+        content = Snapshot(self._model.fingerprint, self._position, self._batch, states)
+        data = pack(content, self.manifest.states)
+        if path is not None:
+            beside = Path(f"{os.fspath(path)}.{os.getpid()}.partial")
+            try:
+                beside.write_bytes(data)
+                beside.replace(path)
+            finally:
+                beside.unlink(missing_ok=True)
+        return data
+
+    def restore(self, source: str | os.PathLike[str] | bytes) -> None:
+        """Continue from a snapshot, given as a path or as bytes.
+
+        Raises SnapshotError if it cannot be read, is damaged, or is of another model or batch; the
+        session is left as it was.
+        """
+        data = source if isinstance(source, bytes) else _read(source)
+        content = unpack(data, self._model.fingerprint, self._batch, self.manifest.states)
+        self._runner.write(content.states)
+        self._position = content.position
+
+    def fork(self) -> Session:
+        """A second session at the same point: the graphs and weights are shared, the states are its own."""
+        other = Session(self._model, self._batch)
+        other._runner.write(self._runner.read())
+        other._position = self._position
+        return other
+
+    def _consume(self, values: Array) -> Array:
+        """values [batch, seq, *tail] → [batch, seq, width], valid until the next call."""
+        length = values.shape[1]
+        if length == 1:
+            self._runner.step_input[:] = values
+            output = self._runner.step()
+        else:
+            output = np.empty((self._batch, length, self._model.width), self._model.output_dtype)
+            self._runner.prefill(np.ascontiguousarray(values), output)
+        self._position += length
+        return output
+
+    def _stop_ids(self, stop_tokens: Collection[int]) -> Array:
+        if len(stop_tokens) == 0:
+            return np.empty(0, np.int64)
+        ids = np.asarray(list(stop_tokens))
+        vocab_size = self.manifest.vocab_size
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab_size:
+            raise ArgumentError(f"stop_tokens is {stop_tokens!r}, expected ids below {vocab_size}")
+        return ids
+
+    def _stream(
+        self,
+        prompt: Array,
+        max_new_tokens: int,
+        sampler: Sampler,
+        generators: list[np.random.Generator],
+        stop: Array,
+        chunk: int,
+    ) -> Iterator[Array]:
+        logits = self.prefill(prompt, last_only=True, chunk=chunk)
+        tokens = np.zeros(self._batch, np.int64)
+        stopped = np.zeros(self._batch, bool)
+        for _ in range(max_new_tokens):
+            tokens = np.where(stopped, tokens, sampler.sample(logits, generators))
+            stopped = np.isin(tokens, stop)
+            logits = self.step(tokens)
+            yield tokens.copy()
+            if stopped.all():
+                return
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SnapshotError(f"{os.fspath(path)}: cannot be read ({error.strerror})") from error
