@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx import node as fx_node
 
-__all__ = ["LoadedModel", "Lowered", "Program", "State", "module_path", "source_line"]
+from lhcompile.ssm import ModalSSM
+
+__all__ = [
+    "Distilled",
+    "DistilledLayer",
+    "LoadedModel",
+    "Lowered",
+    "Program",
+    "State",
+    "Tokens",
+    "Trial",
+    "map_leaves",
+    "map_nodes",
+    "module_path",
+    "source_line",
+]
+
+map_nodes: Callable[..., Any] = fx_node.map_arg
+"""map_nodes(arguments, f): nested arguments with each Node replaced by f(node)."""
+
+map_leaves: Callable[..., Any] = fx_node.map_aggregate
+"""map_leaves(arguments, f): nested arguments with every leaf replaced by f(leaf)."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +89,69 @@ class Program:
     graph: GraphModule
     context: int
     states: tuple[State, ...] = ()
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits at each position."""
+        (output,) = [node for node in self.graph.graph.nodes if node.op == "output"]
+        logits = output.args[0][0] if isinstance(output.args[0], tuple) else output.args[0]
+        return int(logits.meta["sizes"][-1].offset)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits [batch, time, vocab] of whole sequences [batch, time], from zero states."""
+        if not self.states:
+            return self.graph(tokens)
+        states = [torch.zeros(tokens.shape[0], *state.shape) for state in self.states]
+        return self.graph(tokens, *states)[0]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Sequences [sequences, time] to calibrate on, others that calibration never sees, and their source."""
+
+    calibration: Tensor
+    heldout: Tensor
+    source: str
+
+
+@dataclass(frozen=True)
+class DistilledLayer:
+    """What one long convolution became.
+
+    taps: [filters, length] of the source; system: what stands for them, None where the taps are kept
+    orders: int [filters], real state dimensions; error: relative error of the taps [filters], in the norm the fit
+    used; bound: what no system of that order can go below, same norm [filters]
+    hankel_singular_values: [filters, k], relative to the Frobenius norm
+    channels: channels that run through these filters
+    """
+
+    module: str
+    method: str
+    channels: int
+    taps: Tensor
+    system: ModalSSM | None = None
+    orders: Tensor | None = None
+    error: Tensor | None = None
+    bound: Tensor | None = None
+    hankel_singular_values: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One order of the search: the loss on calibration tokens, and its rise relative to the source's loss."""
+
+    order: int
+    loss: float
+    rise: float
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """The program with its long convolutions replaced, layer by layer, and how the order was found."""
+
+    program: Program
+    layers: tuple[DistilledLayer, ...]
+    trials: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ __all__ = [
     "DistillConfig",
     "LoadConfig",
     "LowerConfig",
+    "Method",
     "PackageConfig",
     "Target",
     "build_config",
 ]
 
 Target = Literal["portable", "cpu"]
+Method = Literal["hankel", "varpro"]
 
 
 class _Config(BaseModel):
@@ -56,10 +58,15 @@ class DistillConfig(_Config):
     """How far convolutions are reduced. Budget is the default; order and exact exclude it."""
 
     budget: float | None = Field(
-        None, gt=0, description="Allowed relative rise of the loss on calibration tokens [default: 0.001]."
+        None,
+        gt=0,
+        description="Allowed relative rise of the loss on calibration tokens; 0.001 without order or exact.",
     )
     order: int | None = Field(None, ge=1, le=512, description="The same order for every filter, whatever the loss.")
     exact: bool = Field(False, description="Keep every convolution's own taps over a ring buffer.")
+    method: Method = Field(
+        "hankel", description="How filters are reduced: hankel (fast), or varpro (poles refined, minutes)."
+    )
     max_order: int = Field(64, ge=1, le=512, description="Largest order the budget may use.")
 
     @model_validator(mode="after")

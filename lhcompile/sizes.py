@@ -87,16 +87,12 @@ def emit_size(graph: Graph, size: Size, batch: Node, time: Node) -> Node | int:
     if size.fixed:
         return size.offset
 
-    def call(target: object, *args: Node | int) -> Node:
-        node = graph.call_function(target, args)  # type: ignore[arg-type]
-        return node
-
     value: Node | int = size.offset
     if size.has_time:
-        value = time if size.scale == 1 else call(operator.mul, time, size.scale)
-        value = value if not size.offset else call(operator.add, value, size.offset)
+        value = time if size.scale == 1 else graph.call_function(operator.mul, (time, size.scale))
+        value = value if not size.offset else graph.call_function(operator.add, (value, size.offset))
     if size.has_batch:
-        value = batch if value == 1 else call(operator.mul, batch, value)
+        value = batch if value == 1 else graph.call_function(operator.mul, (batch, value))
     assert isinstance(value, Node)
     value.meta["size"] = size
     return value

@@ -14,13 +14,14 @@ and any length up to the context, and every tensor's axes are known in terms of 
 from __future__ import annotations
 
 import torch
+from torch.fx import GraphModule, Node
 
 from lhcompile.artifacts import LoadedModel, Program
 from lhcompile.capture.context import probe_context
 from lhcompile.capture.export import export_at
 from lhcompile.capture.generalize import generalize
 from lhcompile.errors import CaptureError
-from lhcompile.sizes import Point
+from lhcompile.sizes import BATCH, TIME, Point
 
 __all__ = ["capture"]
 
@@ -43,4 +44,17 @@ def capture(loaded: LoadedModel) -> Program:
         graph = generalize(
             export_at(loaded.module, first), export_at(loaded.module, second), first, second
         )
+    _check_output(graph)
     return Program(graph=graph, context=context)
+
+
+def _check_output(graph: GraphModule) -> None:
+    """CaptureError unless the module returns [batch, length, a fixed number of logits]."""
+    (output,) = [node for node in graph.graph.nodes if node.op == "output"]
+    result = output.args[0]
+    while isinstance(result, (tuple, list)) and result:
+        result = result[0]
+    sizes = result.meta.get("sizes") if isinstance(result, Node) else None
+    if not (isinstance(sizes, tuple) and len(sizes) == 3 and sizes[:2] == (BATCH, TIME) and sizes[2].fixed):
+        shape = "[" + ", ".join(map(str, sizes)) + "]" if isinstance(sizes, tuple) else "no tensor"
+        raise CaptureError(f"the module's output is {shape}, not [batch, length, vocabulary]")

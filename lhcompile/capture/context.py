@@ -13,7 +13,7 @@ UNBOUNDED_CONTEXT = 2048
 
 
 def probe_context(module: torch.nn.Module) -> int:
-    """The longest length at which module(ids [1, length]) returns finite values for each position.
+    """The longest length at which module(ids [1, length]) returns values for each position.
 
     Doubles the length until the module refuses or `UNBOUNDED_CONTEXT` is reached, then bisects.
     Raises CaptureError, with the module's own words, when even a short sequence is refused.
@@ -46,6 +46,8 @@ def _refusal(module: torch.nn.Module, length: int) -> str | None:
         out = module(torch.zeros(1, length, dtype=torch.int64))
     except Exception as error:  # the module is the user's: it may raise anything
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if not isinstance(out, torch.Tensor):
+        return f"it returns a {type(out).__name__}, not a tensor"
     if out.ndim != 3 or out.shape[:2] != (1, length):
         return f"its output has shape {list(out.shape)}, not [1, {length}, vocabulary]"
     return None

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch.fx import GraphModule, Node
 
+from lhcompile.artifacts import module_path, source_line
 from lhcompile.errors import CaptureError
 from lhcompile.sizes import Point
 
@@ -20,16 +26,23 @@ _SAME_VALUE = {
     aten.detach_.default,
     aten.lift_fresh_copy.default,
 }
+_DROPOUT = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+}
 
 
 def export_at(module: torch.nn.Module, point: Point) -> GraphModule:
     """Export module(ids [batch, time]) at fixed sizes, without decompositions and without mutation."""
     ids = torch.zeros(point.batch, point.time, dtype=torch.int64)
     try:
-        exported = torch.export.export(module, (ids,), strict=False)
-        if any(_mutates(node) for node in exported.graph.nodes):
-            exported = exported.run_decompositions({})
-        graph = exported.module()
+        with _quiet():
+            exported = torch.export.export(module, (ids,), strict=False)
+            if any(_mutates(node) for node in exported.graph.nodes):
+                exported = exported.run_decompositions({})
+            graph = exported.module()
     except Exception as error:  # torch.export raises many kinds; its first line says what
         detail = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CaptureError(f"torch.export cannot trace the module at {point.batch} × {point.time}: {detail}") from error
@@ -47,20 +60,56 @@ def _clean(graph: GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if node.op == "call_module" or (node.op == "call_function" and "_assert" in str(node.target)):
             graph.graph.erase_node(node)
-        elif _is_copy(node):
-            node.replace_all_uses_with(node.args[0])
+        elif (same := _same_value(node)) is not None:
+            node.replace_all_uses_with(same)
             graph.graph.erase_node(node)
+        elif _is_random(node):
+            raise CaptureError(
+                f"{module_path(node)}: {node.target}: is random: the module has no fixed output ({source_line(node)})"
+            )
     graph.graph.eliminate_dead_code()
 
 
-def _is_copy(node: Node) -> bool:
-    if node.op != "call_function":
-        return False
+def _same_value(node: Node) -> Node | None:
+    """The earlier node that has the value of this one, None where it is a value of its own."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+        return None
+    source = node.args[0]
     if node.target in _SAME_VALUE:
-        return True
-    if node.target == aten.dropout.default:
-        return node.args[2] is False
+        return source
+    if node.target in _DROPOUT:
+        return source if node.args[2] is False or node.args[1] == 0 else None
     if node.target in (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.to.device):
-        source = node.args[0]
-        return isinstance(source, Node) and source.meta["val"].dtype == node.meta["val"].dtype
-    return False
+        return source if _alike(source, node) else None
+    if node.target == aten.copy.default and isinstance(node.args[1], Node):  # what x[…] = y leaves
+        return node.args[1] if _alike(node.args[1], node) else None
+    if node.target == aten.slice.Tensor and source.target == aten.slice_scatter.default:  # written, then read again
+        return source.args[1] if source.args[2:] == node.args[1:] else None  # type: ignore[return-value]
+    return None
+
+
+def _alike(a: Node, b: Node) -> bool:
+    mine, theirs = a.meta["val"], b.meta["val"]
+    return mine.dtype == theirs.dtype and mine.shape == theirs.shape
+
+
+def _is_random(node: Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return all(bool(given.get(switch, switch not in names)) for switch in ("training", "dropout_p"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What fails is told in one line of our own; torch's log of it, and its remarks on itself, are not the user's."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"copyreg|torch\..*")
+            yield
+    finally:
+        log.setLevel(level)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate
 
-from lhcompile.artifacts import module_path, source_line
+from lhcompile.artifacts import map_leaves, module_path, source_line
 from lhcompile.errors import CaptureError
 from lhcompile.sizes import BATCH, TIME, Point, Size, emit_size, solve
 
@@ -33,34 +34,51 @@ def generalize(first: GraphModule, second: GraphModule, at_first: Point, at_seco
         batch = graph.call_function(aten.sym_size.int, (ids, 0))
     batch.meta["size"], time.meta["size"] = BATCH, TIME
 
+    def refused(what: str, a: float, b: float, node: Node) -> CaptureError:
+        return CaptureError(
+            f"{module_path(node)}: {node.target}: a {what} is {a} at {at_first.batch} × {at_first.time} and {b} at "
+            f"{at_second.batch} × {at_second.time}, which follows neither batch nor length ({source_line(node)})"
+        )
+
     def law(a: int, b: int, node: Node) -> Size:
         size = solve(a, b, at_first, at_second)
         if size is None:
-            raise CaptureError(
-                f"{module_path(node)}: {node.target}: a size is {a} at {at_first.batch} × {at_first.time} and {b} at "
-                f"{at_second.batch} × {at_second.time}, which follows neither batch nor length ({source_line(node)})"
-            )
+            raise refused("size", a, b, node)
         return size
 
+    partner = dict(pairs)
     emitted: dict[Size, Node | int] = {}
 
     def number(a: int | float, b: int | float, node: Node) -> Node | int | float:
         if a == b or b != b:
             return b
-        if a != int(a):  # a factor like 1 / (2 T)
-            return _call(graph, operator.truediv, 1.0, number(round(1 / a), round(1 / b), node))
+        if not (float(a).is_integer() and float(b).is_integer()):  # a factor like 1 / (2 T)
+            below = round(1 / a) if a else 0, round(1 / b) if b else 0
+            if 0 in below or (1 / below[0], 1 / below[1]) != (a, b):
+                raise refused("number", a, b, node)
+            return _call(graph, operator.truediv, 1.0, number(*below, node))
         size = law(int(a), int(b), node)
         if size not in emitted:
             with graph.inserting_before(anchor):
                 emitted[size] = emit_size(graph, size, batch, time)
         return emitted[size]
 
+    def argument(a: object, b: object, node: Node) -> object:
+        if isinstance(a, (int, float)) and isinstance(b, (int, float)) and not isinstance(b, bool):
+            return number(a, b, node)
+        if (partner.get(a) is not b) if isinstance(a, Node) else a != b:
+            raise CaptureError(
+                f"{module_path(node)}: the program changes with the sequence length: {node.target} reads {a} at one "
+                f"length and {b} at another ({source_line(node)})"
+            )
+        return b
+
     for a, b in pairs:
         b.meta["sizes"] = _axis_laws(a, b, law, at_first, at_second)
         if b.op == "call_function":
             with graph.inserting_before(b):
-                b.args = _merge(a.args, b.args, lambda x, y, b=b: number(x, y, b))  # type: ignore[misc]
-                b.kwargs = _merge(a.kwargs, b.kwargs, lambda x, y, b=b: number(x, y, b))  # type: ignore[misc]
+                merge = partial(_merge, choose=partial(argument, node=b))
+                b.args, b.kwargs = merge(a.args, b.args), merge(a.kwargs, b.kwargs)
     graph.eliminate_dead_code()
     second.recompile()
     return second
@@ -75,11 +93,18 @@ def _pair(first: GraphModule, second: GraphModule) -> list[tuple[Node, Node]]:
                 f"{module_path(b)}: the program changes with the sequence length: {a.target} becomes {b.target} "
                 f"({source_line(b)})"
             )
-        if a.op == "get_attr" and not torch.equal(_attribute(first, a), _attribute(second, b)):
-            raise CaptureError(f"{module_path(b)}: the constant {b.target} changes with the sequence length")
+        if a.op == "get_attr":
+            _same_constant(_attribute(first, a), _attribute(second, b), b)
     if len(ours) != len(theirs):
         raise CaptureError("the program changes with the sequence length: it has more operators at one length")
     return list(zip(ours, theirs, strict=True))
+
+
+def _same_constant(a: torch.Tensor, b: torch.Tensor, node: Node) -> None:
+    if bool(b.isnan().any()) or (isinstance(b, torch.nn.Parameter) and not bool(b.isfinite().all())):
+        raise CaptureError(f"the weight {node.target} holds NaN or infinite numbers")
+    if not torch.equal(a, b):
+        raise CaptureError(f"the constant {node.target} changes with the sequence length")
 
 
 def _attribute(module: GraphModule, node: Node) -> torch.Tensor:
@@ -106,19 +131,16 @@ def _axis_laws(
     return None
 
 
-def _merge(a: object, b: object, number: Callable[[int | float, int | float], object]) -> object:
-    """`b` with every number that differs from its counterpart in `a` replaced by number(a, b)."""
-    flat: list[object] = []
-    map_aggregate(a, lambda leaf: flat.append(leaf))  # type: ignore[arg-type, func-returns-value]
-    leaves = iter(flat)
-
-    def leaf(value: object) -> object:
-        other = next(leaves)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and isinstance(other, (int, float)):
-            return number(other, value)
-        return value
-
-    return map_aggregate(b, leaf)  # type: ignore[arg-type]
+def _merge(a: object, b: object, choose: Callable[[object, object], object]) -> Any:
+    """`b` with every leaf replaced by choose(its counterpart in `a`, it)."""
+    ours: list[object] = []
+    theirs: list[object] = []
+    map_leaves(a, ours.append)
+    map_leaves(b, theirs.append)
+    if len(ours) != len(theirs):
+        choose(f"{len(ours)} values", f"{len(theirs)} values")
+    leaves = iter(ours)
+    return map_leaves(b, lambda value: choose(next(leaves), value))
 
 
 def _call(graph: torch.fx.Graph, target: Callable[..., object], *args: object) -> Node:

@@ -4,6 +4,7 @@
 answers many orders from one factorization; `select` to give every filter its own order.
 """
 
+from lhcompile.distill.program import distill
 from lhcompile.distill.reduction import METHODS, Reducer, Reduction, factorize, reduce, select
 
-__all__ = ["METHODS", "Reducer", "Reduction", "factorize", "reduce", "select"]
+__all__ = ["METHODS", "Reducer", "Reduction", "distill", "factorize", "reduce", "select"]

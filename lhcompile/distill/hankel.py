@@ -1,25 +1,26 @@
 """Hankel reduction (Kung's realization, ERA): poles from the leading subspace of a window of the taps.
 
-The window H[i, j] = g_{i+j+1}, i < p, j < q, p + q = length, takes every tap after h_0 once and assumes
-nothing about the time after the last. If g comes from a system of order d, H has rank d and its left
-singular vectors U_d span the observability matrix C A^i. Hence rows 0 … p−2 times A are rows 1 … p−1:
+The window H[i, j] = s_i g_{i+j+1} s_j, i < p, j < q, p + q = length, takes every tap after h_0 once and
+assumes nothing about the time after the last; s is a taper. If g comes from a system of order d, H has
+rank d and its left singular vectors U_d span the tapered observability matrix s_i C A^i. Hence, row by row,
 
-    A_d = U_↑⁺ U_↓,    poles = eig A_d.
+    A_d = U_↑⁺ (s_i/s_{i+1} U_↓),    poles = eig A_d,
 
-U_d has orthonormal columns, so with its last row l,  U_↑ᵀU_↑ = I − l lᵀ  and
-A_d = (I + l lᵀ/(1 − lᵀl)) U_↑ᵀU_↓: every order d up to the rank reads a leading block of one matrix.
+U_↑ being U without its last row l, U_↓ without its first. U_d has orthonormal columns, so U_↑ᵀU_↑ = I − l lᵀ
+and A_d = (I + l lᵀ/(1 − lᵀl)) U_↑ᵀ(s_i/s_{i+1} U_↓): every order d reads a leading block of one matrix.
 
 *Input weights.* With w = |c|², c minimum phase and cut to m taps, an error e of the taps is heard as
 e ⋆ c (correlation), whose taps k_t = Σ_s c_s e_{t+s}, t ≥ 1, come from a system with the same poles as e's.
 Hence the weighted window is the plain window of the correlated taps, t = 1 … length − m.
 
 *Bound.* A system of order d has a window of rank ≤ d, so ‖H − Ĥ‖_F² ≥ Σ_{k>d} σ_k² (Eckart–Young). Tap t
-stands in H at most μ = min(p, q) times; so for every system of order d, stable or not, with any D,
+stands in H with the weight μ_t = Σ_{i+j=t−1} s_i² s_j²; so for every system of order d, stable or not, any D,
 
-    Σ_t e_t² ≥ (1/μ) Σ_{k>d} σ_k² = (1/μ) (‖H‖_F² − Σ_{k≤d} σ_k²):
+    Σ_t e_t² ≥ (1/max μ) Σ_t μ_t e_t² ≥ (1/max μ) Σ_{k>d} σ_k² = (1/max μ) (‖H‖_F² − Σ_{k≤d} σ_k²):
 
-a lower bound of the l2 tap error over the taps given. With weights it bounds the error heard through
-|c|², and ‖e‖_w² ≥ min_ω (w/|c|²) times that.
+a lower bound of the l2 tap error over the taps given. It is tight only where μ is level, and the taper
+s_i² = C(2i, i)/4^i ≈ 1/√(πi) makes μ_t = 1 for all t ≤ q, since (1 − x)^{-1/2} squared is 1 + x + x² + …
+With weights the bound holds for the error heard through |c|², and ‖e‖_w² ≥ min_ω (w/|c|²) times that.
 
 Sources: Kung 1978; Juang & Pappa 1985; block Golub–Kahan: Golub, Luk & Overton 1981. No dense matrix is
 formed: products with H go by FFT for all filters at once, O(columns · length log length) per filter.
@@ -35,10 +36,31 @@ from torch import Tensor
 from lhcompile.distill.norm import Norm, fast_size
 from lhcompile.distill.spectrum import chunks, pack, radius_limit, stabilise
 
-__all__ = ["HankelFactors", "factor", "order_limit"]
+__all__ = ["EARLY", "EVEN", "LEVEL", "HankelFactors", "Window", "factor", "order_limit"]
 
 _RANK_CUTOFF = 1e-12  # singular values below this share of the largest are rounding
 _SEED = 20231018
+
+
+@dataclass(frozen=True)
+class Window:
+    """The taper of a window: s_i = exp(−decay · i/length), times the level taper if `level`."""
+
+    decay: float = 0.0
+    level: bool = False
+
+    def taper(self, count: int, length: int, like: Tensor) -> Tensor:
+        """s_0 … s_{count−1}, [count], in the dtype and on the device of `like`."""
+        time = torch.arange(count, dtype=like.dtype, device=like.device)
+        taper = torch.exp(-self.decay / length * time)
+        if self.level:
+            taper[1:] *= ((time[1:] - 0.5) / time[1:]).cumprod(0).sqrt()
+        return taper
+
+
+EVEN = Window(decay=1.0)  # every part of the filter counts: the poles of the Hankel method
+EARLY = (Window(decay=5.0), Window(decay=20.0))  # the first part counts more: other starts for refinement
+LEVEL = Window(level=True)  # every tap counts alike: the bound
 
 
 def order_limit(length: int) -> int:
@@ -50,7 +72,7 @@ def order_limit(length: int) -> int:
 class HankelFactors:
     """The leading left singular vectors of a window, as far as poles and bounds need them.
 
-    shift:  float64 [filters, rank, rank] = U_↑ᵀU_↓
+    shift:  float64 [filters, rank, rank] = U_↑ᵀ(s_i/s_{i+1} U_↓)
     last:   float64 [filters, rank], the last row of U
     values: float64 [filters, rank], singular values, descending
     energy: float64 [filters] = ‖H‖_F²
@@ -99,36 +121,39 @@ class HankelFactors:
         return (tail.clamp_min(0) * self.floor).sqrt()
 
 
-def factor(norm: Norm, rank: int) -> HankelFactors:
-    """Factors of rank min(rank, order_limit) for the taps and weights of a norm; memory bounded by parts."""
+def factor(norm: Norm, rank: int, window: Window = EVEN) -> HankelFactors:
+    """Factors of rank min(rank, order_limit) for the taps and weights of a norm, in parts of bounded memory."""
     parts = []
     for part in chunks(norm.taps.shape[0], 8 * 12 * norm.length * (_columns(rank) + 8)):
-        parts.append(_factor_part(norm[part], rank))
+        parts.append(_factor_part(norm[part], rank, window))
     shift, last, values, energy, beyond, floor = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     return HankelFactors(shift, last, values, energy, beyond, floor, norm.length)
 
 
-def _factor_part(norm: Norm, rank: int) -> tuple[Tensor, ...]:
+def _factor_part(norm: Norm, rank: int, window: Window) -> tuple[Tensor, ...]:
     heard, ratio = _heard(norm)
     scale = heard.abs().amax(-1).clamp_min(1e-300)
     heard = heard / scale.unsqueeze(-1)
     n = heard.shape[-1]
     p, q = n // 2 + 1, n - n // 2
     rank = min(rank, order_limit(n + 1))
-    left, small = _project(heard, p, q, _columns(rank))
+    taper = window.taper(p, norm.length, heard)
+    left, small = _project(heard, p, q, _columns(rank), taper)
     vectors, values, _ = torch.linalg.svd(small)
     inside, edge = values.square().sum(-1), values[:, min(values.shape[-1], (rank + _columns(rank)) // 2) - 1]
     vectors, values = vectors[..., :rank], values[..., :rank].clone()
     kept = values > _RANK_CUTOFF * values[:, :1].clamp_min(1e-300)
     vectors = vectors * kept.unsqueeze(1)
-    shift = vectors.mT @ (left[..., :-1] @ left[..., 1:].mT) @ vectors
+    advance = taper[:-1] / taper[1:]
+    shift = vectors.mT @ ((left[..., :-1] * advance) @ left[..., 1:].mT) @ vectors
     last = (left[..., -1:].mT @ vectors).squeeze(1)
-    multiplicity = torch.arange(1, n + 1, dtype=heard.dtype, device=heard.device).clamp_max(min(p, q))
-    multiplicity = torch.minimum(multiplicity, multiplicity.flip(0))
+    size = fast_size(n)
+    power = torch.fft.rfft(taper.square(), n=size) * torch.fft.rfft(taper[:q].square(), n=size)
+    multiplicity = torch.fft.irfft(power, n=size)[:n].clamp_min(0)
     energy = (multiplicity * heard.square()).sum(-1)
     beyond = torch.stack([(energy - inside).clamp_min(0), edge.square()], -1)
     whole = norm.size(norm.taps).square()
-    floor = torch.where(whole > 0, scale.square() * ratio / (min(p, q) * whole.clamp_min(1e-300)), 0.0)
+    floor = torch.where(whole > 0, scale.square() * ratio / (multiplicity.max() * whole.clamp_min(1e-300)), 0.0)
     return shift, last, values, energy, beyond, floor
 
 
@@ -151,9 +176,7 @@ def _heard(norm: Norm) -> tuple[Tensor, Tensor]:
     factor = torch.fft.irfft(torch.exp(torch.fft.rfft(cepstrum)), n=size)[:, :keep]
     response = torch.fft.rfft(factor, n=size)
     correlated = torch.fft.irfft(torch.fft.rfft(taps, n=size) * response.conj(), n=size)
-    return correlated[:, 1 : length - keep + 1], (density / response.abs().square().clamp_min(1e-300)).amin(
-        -1
-    )
+    return correlated[:, 1 : length - keep + 1], (density / response.abs().square().clamp_min(1e-300)).amin(-1)
 
 
 def _columns(rank: int) -> int:
@@ -161,7 +184,7 @@ def _columns(rank: int) -> int:
     return rank + rank // 2 + 16
 
 
-def _project(g: Tensor, p: int, q: int, columns: int) -> tuple[Tensor, Tensor]:
+def _project(g: Tensor, p: int, q: int, columns: int, taper: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal left vectors Q and a small S with Qᵀ H = S Vᵀ, V orthonormal too.
 
     g: [filters, p + q − 1] → Q [filters, columns, p], S [filters, columns, columns]. Block Golub–Kahan
@@ -170,32 +193,33 @@ def _project(g: Tensor, p: int, q: int, columns: int) -> tuple[Tensor, Tensor]:
     """
     filters = g.shape[0]
     if 2 * columns >= min(p, q):
-        window = g.unfold(-1, q, 1)
+        window = taper.unsqueeze(-1) * g.unfold(-1, q, 1) * taper[:q]
         eye = torch.eye(p, dtype=g.dtype, device=g.device).expand(filters, p, p)
         return eye, window if p <= q else torch.nn.functional.pad(window, (0, p - q))
     size = fast_size(p + q - 1)
     spectrum = torch.fft.rfft(g, n=size)
     generator = torch.Generator().manual_seed(_SEED)
-    block = max(2, columns // 32)  # small blocks reach deep: what counts is converged first
+    block = max(4, columns // 32)  # small blocks reach deep: what counts is converged first
     start = torch.randn(block, q, generator=generator, dtype=torch.float64).to(g)
     left = g.new_zeros(filters, columns, p)
     right = g.new_zeros(filters, columns, q)
     small = g.new_zeros(filters, columns, columns)
-    fresh = _multiply(spectrum, start.expand(filters, block, q), size, p)
+    fresh = _multiply(spectrum, start.expand(filters, block, q), size, taper)
     for done in range(0, columns, block):
         now = slice(done, min(done + block, columns))
         left[:, now], _ = _orthonormal(fresh[:, : now.stop - done], left[:, :done])
-        image = _multiply(spectrum, left[:, now], size, q)
+        image = _multiply(spectrum, taper * left[:, now], size, taper[:q])
         right[:, now], coefficients = _orthonormal(image, right[:, :done])
         small[:, now, : now.stop] = coefficients
         if now.stop < columns:
-            fresh = _multiply(spectrum, right[:, now], size, p)
+            fresh = _multiply(spectrum, taper[:q] * right[:, now], size, taper)
     return left, small
 
 
-def _multiply(spectrum: Tensor, x: Tensor, size: int, count: int) -> Tensor:
-    """y_i = Σ_j g_{i+j} x_j for i < count: [filters, columns, ·] → [filters, columns, count]."""
-    return torch.fft.irfft(spectrum.unsqueeze(1) * torch.fft.rfft(x, n=size).conj(), n=size)[..., :count]
+def _multiply(spectrum: Tensor, x: Tensor, size: int, taper: Tensor) -> Tensor:
+    """y_i = taper_i Σ_j g_{i+j} x_j: [filters, columns, ·] → [filters, columns, len(taper)]."""
+    y = torch.fft.irfft(spectrum.unsqueeze(1) * torch.fft.rfft(x, n=size).conj(), n=size)
+    return y[..., : len(taper)] * taper
 
 
 def _orthonormal(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,8 +80,7 @@ def tap_norm(taps: Tensor, weights: Tensor | None) -> Norm:
         return Norm(taps)
     if weights.dim() != 2 or weights.shape[0] not in (1, taps.shape[0]) or weights.shape[1] < 2:
         raise DistillError(
-            f"weights {tuple(weights.shape)} are not a power spectrum [filters, bins] "
-            f"for taps {tuple(taps.shape)}"
+            f"weights {tuple(weights.shape)} are not a power spectrum [filters, bins] for taps {tuple(taps.shape)}"
         )
     weights = weights.to(taps).expand(taps.shape[0], -1)
     wrong = ~(torch.isfinite(weights) & (weights >= 0)).all(-1)

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from lhcompile.distill.hankel import HankelFactors, factor, order_limit
+from lhcompile.distill.hankel import EARLY, EVEN, LEVEL, HankelFactors, Window, factor, order_limit
 from lhcompile.distill.norm import Norm, tap_norm
 from lhcompile.distill.spectrum import fit_residues
+from lhcompile.distill.varpro import refine
 from lhcompile.errors import DistillError
 from lhcompile.ssm import ModalSSM
 
 __all__ = ["METHODS", "Reducer", "Reduction", "factorize", "reduce", "select"]
 
-Method = Callable[[HankelFactors, Norm, int], tuple[ModalSSM, Tensor]]
+DEFAULT_METHOD = "varpro"
+METHODS: dict[str, Callable[[Reducer, int], tuple[ModalSSM, Tensor]]] = {}
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,30 @@ class Reduction:
         )
 
 
-def _hankel(factors: HankelFactors, norm: Norm, order: int) -> tuple[ModalSSM, Tensor]:
-    """Poles of Kung's realization, residues and direct term refitted."""
-    return fit_residues(factors.poles(order), norm)
-
-
-METHODS: dict[str, Method] = {"hankel": _hankel}
-
-
 @dataclass(frozen=True)
 class Reducer:
-    """Filters whose Hankel windows are factored once, ready to be reduced to any order up to `rank`."""
+    """Filters ready to be reduced to any order up to `rank`; their windows are factored once, when needed."""
 
     norm: Norm
-    factors: HankelFactors
+    rank: int
+    _factors: dict[Window, HankelFactors] = field(default_factory=dict, repr=False)
 
-    @property
-    def rank(self) -> int:
-        return self.factors.rank
+    def __getitem__(self, filters: Tensor) -> Reducer:
+        """Some of the filters, with what is known of them."""
+        return Reducer(self.norm[filters], self.rank, {w: f[filters] for w, f in self._factors.items()})
 
-    def reduce(self, order: int, method: str = "hankel") -> Reduction:
+    def factors(self, window: Window = EVEN) -> HankelFactors:
+        """The factors of a window, rank `rank`."""
+        if window not in self._factors:
+            self._factors[window] = factor(self.norm, self.rank, window)
+        return self._factors[window]
+
+    def bound(self, order: int) -> Tensor:
+        """Lower bound of the relative error of any system of an order, [filters]; see `distill.hankel`."""
+        bounds = [self.factors(window).bound(min(order, self.rank)) for window in (LEVEL, EVEN)]
+        return torch.maximum(*bounds)
+
+    def reduce(self, order: int, method: str = DEFAULT_METHOD) -> Reduction:
         """The systems of one order (real state dimensions, odd or even); the order is cut to the rank.
 
         The width of the result is that of the order asked for, also where length or rank cut it.
@@ -88,19 +94,47 @@ class Reducer:
         if method not in METHODS:
             raise DistillError(f"no distillation method {method!r}; there are {', '.join(METHODS)}")
         started = time.perf_counter()
-        system, error = METHODS[method](self.factors, self.norm, min(order, self.rank))
+        system, error = METHODS[method](self, min(order, self.rank))
         missing = order + order % 2 - system.poles.shape[1]
         poles = torch.nn.functional.pad(system.poles, (0, missing))
         residues = torch.nn.functional.pad(system.residues, (0, missing))
-        energy = self.factors.energy.sqrt().unsqueeze(-1).clamp_min(1e-300)
+        level = self.factors(LEVEL)
         return Reduction(
             system=ModalSSM(poles, residues, system.direct),
             error=error,
-            bound=self.factors.bound(min(order, self.rank)),
-            hankel_singular_values=self.factors.values / energy,
+            bound=self.bound(order),
+            hankel_singular_values=level.values / level.energy.sqrt().unsqueeze(-1).clamp_min(1e-300),
             seconds=time.perf_counter() - started,
             method=method,
         )
+
+
+def _hankel(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
+    """Poles of Kung's realization, residues and direct term refitted."""
+    return fit_residues(reducer.factors().poles(order), reducer.norm)
+
+
+def _varpro(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
+    """The best of several Hankel starts after a few steps of variable projection, refined to the end."""
+    starts = [reducer.factors(window).poles(order) for window in (EVEN, LEVEL, *EARLY)]
+    best = fit_residues(starts[0], reducer.norm)
+    for start in starts:
+        best = _better(best, fit_residues(refine(start, reducer.norm, order, steps=8), reducer.norm))
+    return _better(best, fit_residues(refine(best[0].poles, reducer.norm, order), reducer.norm))
+
+
+def _better(one: tuple[ModalSSM, Tensor], other: tuple[ModalSSM, Tensor]) -> tuple[ModalSSM, Tensor]:
+    """Filter by filter the system with the smaller error."""
+    lower = other[1] < one[1]
+    poles, residues = (
+        torch.where(lower.unsqueeze(-1), getattr(other[0], name), getattr(one[0], name))
+        for name in ("poles", "residues")
+    )
+    system = ModalSSM(poles, residues, torch.where(lower, other[0].direct, one[0].direct))
+    return system, torch.where(lower, other[1], one[1])
+
+
+METHODS.update(hankel=_hankel, varpro=_varpro)
 
 
 def factorize(taps: Tensor, rank: int, weights: Tensor | None = None) -> Reducer:
@@ -111,7 +145,7 @@ def factorize(taps: Tensor, rank: int, weights: Tensor | None = None) -> Reducer
     Runs on the taps' device in float64. Raises DistillError for NaN, Inf and growing taps.
     """
     norm = tap_norm(_checked(taps), weights)
-    return Reducer(norm, factor(norm, max(1, rank)))
+    return Reducer(norm, min(max(rank, 1), max(order_limit(norm.length), 1)))
 
 
 def reduce(
@@ -119,7 +153,7 @@ def reduce(
     order: int | None = None,
     tol: float | None = None,
     weights: Tensor | None = None,
-    method: str = "hankel",
+    method: str = DEFAULT_METHOD,
 ) -> Reduction:
     """Reduce filters [filters, length] to modal systems of an order, or within a tolerance.
 
@@ -195,7 +229,7 @@ def _within(taps: Tensor, order: int | None, tol: float, weights: Tensor | None,
             reducer = factorize(taps[open_], rank, None if own is None else own[open_])
             inside = open_
         part = torch.isin(inside, open_)
-        result = Reducer(reducer.norm[part], reducer.factors[part]).reduce(rung, method)
+        result = reducer[part].reduce(rung, method)
         found.append(_spread(result, open_, filters))
         met = result.error <= tol
         choice[open_[met]] = step

@@ -21,6 +21,7 @@ converged drop out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -145,53 +146,53 @@ def _responses(p: Tensor, q: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _point(theta: Tensor, norm: Norm, target: Tensor, order: int) -> _Point:
-    """Project the residues out at θ: cost, gradient and Kaufman's curvature."""
-    length = norm.length
+    """Project the residues out at θ: cost, gradient and curvature.
+
+    All of it follows from the Gram matrix of the columns φ_{t−1}, φ_{t−2} (modes), u_{t−1}, u_{t−2}, u_{t−3}
+    of every section and the taps. Parameters are ordered k₁ of all sections, then k₂.
+    """
+    slots = theta.shape[1]
     p, q = _coefficients(theta)
-    phi, u = _responses(p, q, length)
-
-    def late(x: Tensor, delay: int) -> Tensor:
-        return x[..., 3 - delay : 3 - delay + length]
-
-    modes = norm.rows(torch.stack([late(phi, 1), late(phi, 2)], 2).flatten(1, 2)[:, :order])
-    c, residual = _solve(modes, target)
-    c = torch.nn.functional.pad(c, (0, order % 2)).unflatten(-1, (-1, 2)).unsqueeze(-1)
-    by_p = c[..., 0, :] * late(u, 1) + c[..., 1, :] * late(u, 2)
-    by_q = -c[..., 0, :] * late(u, 2) - c[..., 1, :] * late(u, 3)
-    k1, k2 = theta.tanh().unbind(-1)
-    by_k1 = ((1 + k2) * (1 - k1.square())).unsqueeze(-1) * by_p
-    by_k2 = (1 - k2.square()).unsqueeze(-1) * (k1.unsqueeze(-1) * by_p + by_q)
-    slopes = norm.rows(torch.stack([by_k1, by_k2], 2).flatten(1, 2)[:, :order])
-    mixed = modes @ slopes.mT
-    gram = slopes @ slopes.mT - mixed.mT @ _normal_solve(modes, mixed)
-    gradient = (slopes @ residual.unsqueeze(-1)).squeeze(-1)
-    return _Point(theta, residual.square().sum(-1), gradient, gram)
+    phi, u = _responses(p, q, norm.length)
+    late = [x[..., 3 - delay : 3 - delay + norm.length] for x, delay in ((phi, 1), (phi, 2), (u, 1), (u, 2), (u, 3))]
+    columns = torch.cat([norm.rows(torch.cat(late, 1)), target.unsqueeze(1)], 1)
+    gram = columns @ columns.mT
+    c, solve = _residues(gram[:, :order, :order], gram[:, :order, -1])
+    turn = _turn(theta, c, order)
+    slope_modes = turn @ gram[:, 2 * slots : -1, :order]
+    slopes = turn @ gram[:, 2 * slots : -1, 2 * slots : -1] @ turn.mT
+    heard = (c.unsqueeze(1) @ gram[:, :order]).squeeze(1)
+    missed = gram[:, -1] - heard
+    cost = missed[:, -1] - (c * missed[:, :order]).sum(-1)
+    gradient = (turn @ missed[:, 2 * slots : -1].unsqueeze(-1)).squeeze(-1)
+    return _Point(theta, cost, gradient, slopes - slope_modes @ solve(slope_modes.mT))
 
 
-def _factor(modes: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factor of the Gram matrix of unit modes, slightly regularised, and the modes' inverse sizes."""
-    size = modes.norm(dim=-1)
+def _turn(theta: Tensor, c: Tensor, order: int) -> Tensor:
+    """∂y/∂θ as combinations of u_{t−1}, u_{t−2}, u_{t−3}: [filters, order, 3·slots]."""
+    slots = theta.shape[1]
+    c1, c2 = torch.nn.functional.pad(c, (0, order % 2)).unflatten(-1, (2, slots)).unbind(1)
+    zero = torch.zeros_like(c1)
+    by_p, by_q = torch.stack([c1, c2, zero], 1), torch.stack([zero, -c1, -c2], 1)
+    k1, k2 = (x.unsqueeze(1) for x in theta.tanh().unbind(-1))
+    by_k1 = (1 + k2) * (1 - k1.square()) * by_p
+    by_k2 = (1 - k2.square()) * (k1 * by_p + by_q)
+    turn = torch.diag_embed(torch.stack([by_k1, by_k2], 1))  # [filters, 2, 3, slots, slots]
+    return turn.transpose(2, 3).reshape(len(c), 2 * slots, 3 * slots)[:, :order]
+
+
+def _residues(gram: Tensor, moment: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Coefficients c of the modes, and the inverse of their Gram matrix, slightly regularised."""
+    size = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     scale = torch.where(size > 1e-150, 1 / size.clamp_min(1e-150), torch.zeros_like(size))
-    gram = scale.unsqueeze(-1) * (modes @ modes.mT) * scale.unsqueeze(1)
-    gram.diagonal(dim1=-2, dim2=-1).add_(1e-11 + (scale == 0))
-    return torch.linalg.cholesky(gram), scale
+    unit = scale.unsqueeze(-1) * gram * scale.unsqueeze(1)
+    unit.diagonal(dim1=-2, dim2=-1).add_(1e-10 + (scale == 0))
+    lower = torch.linalg.cholesky(unit)
 
+    def solve(right: Tensor) -> Tensor:
+        return scale.unsqueeze(-1) * torch.cholesky_solve(scale.unsqueeze(-1) * right, lower)
 
-def _normal_solve(modes: Tensor, right: Tensor) -> Tensor:
-    lower, scale = _factor(modes)
-    return scale.unsqueeze(-1) * torch.cholesky_solve(scale.unsqueeze(-1) * right, lower)
-
-
-def _solve(modes: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Least-squares coefficients [filters, order] and the residual [filters, rows]."""
-    lower, scale = _factor(modes)
-    c = torch.zeros_like(scale)
-    residual = target
-    for _ in range(2):
-        moment = scale.unsqueeze(-1) * (modes @ residual.unsqueeze(-1))
-        c = c + scale * torch.cholesky_solve(moment, lower).squeeze(-1)
-        residual = target - (c.unsqueeze(1) @ modes).squeeze(1)
-    return c, residual
+    return solve(moment.unsqueeze(-1)).squeeze(-1), solve
 
 
 def _step(here: _Point, damping: Tensor, order: int) -> Tensor:
@@ -204,5 +205,5 @@ def _step(here: _Point, damping: Tensor, order: int) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     moment = vectors.mT @ (scale * here.gradient).unsqueeze(-1)
     step = scale * (vectors @ (moment / values.clamp_min(1e-12).unsqueeze(-1))).squeeze(-1)
-    step = torch.nn.functional.pad(step.clamp(-1, 1), (0, order % 2)).unflatten(-1, (-1, 2))
+    step = torch.nn.functional.pad(step.clamp(-1, 1), (0, order % 2)).unflatten(-1, (2, -1)).mT
     return (here.theta + step).clamp(-_LIMIT, _LIMIT)

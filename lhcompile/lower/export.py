@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ from typing import Any
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
+from onnxscript.optimizer._constant_folding import FoldConstantsPass
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from lhcompile.artifacts import Program
 from lhcompile.errors import LowerError
@@ -48,8 +50,7 @@ def export_onnx(program: Program, lowering: type[Lowering], one_token: bool) -> 
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        reasons = [line for line in str(error).splitlines() if line.startswith("<class")]
-        raise LowerError(f"no ONNX form: {reasons[-1] if reasons else error}") from error
+        raise LowerError(_reason(error)) from error
     assert onnx_program is not None
     return _finish(onnx_program.model, one_token)
 
@@ -74,19 +75,23 @@ def _simplified(module: GraphModule, one_token: bool) -> GraphModule:
     module.graph = copy.deepcopy(module.graph)
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target in _RESHAPES:
-            sizes = [_known(size, one_token) for size in node.args[1]]
-            if sum(isinstance(size, Node) for size in sizes) == 1:
-                sizes = [-1 if isinstance(size, Node) else size for size in sizes]
-            node.args = (node.args[0], sizes, *node.args[2:])
+            sizes = [_known(size, one_token) for size in node.meta["sizes"]]
+            if sizes.count(-1) <= 1:
+                node.args = (node.args[0], sizes, *node.args[2:])
     module.recompile()
     return module
 
 
-def _known(size: Node | int, one_token: bool) -> Node | int:
-    law = size.meta["size"] if isinstance(size, Node) else None
-    if isinstance(law, Size) and one_token and not law.has_batch:
-        return law.scale + law.offset
-    return size
+def _known(size: Size, one_token: bool) -> int:
+    """The size as a number, -1 where it is dynamic."""
+    dynamic = size.has_batch or (size.has_time and not one_token)
+    return -1 if dynamic else size.scale + size.offset
+
+
+def _reason(error: torch.onnx.OnnxExporterError) -> str:
+    """The operator the exporter stumbled on, in one line; the exporter's own words where it names none."""
+    found = re.search(r"target=torch\.ops\.([\w.]+)", str(error)) or re.search(r"op='([\w.]+)'", str(error))
+    return f"{found.group(1)} has no ONNX form" if found else f"no ONNX form: {str(error).splitlines()[0]}"
 
 
 def _weight(exported: ExportedProgram, name: str) -> torch.Tensor:
@@ -105,6 +110,9 @@ def _finish(model: ir.Model, one_token: bool) -> ir.Model:
             dims[1] = 1 if one_token else "seq"
         value.shape = ir.Shape(dims)
     for clean in (
+        FoldConstantsPass(
+            shape_inference=False, input_size_limit=0, output_size_limit=2**62, should_fold=_rearranges_weight
+        ),
         common.LiftConstantsToInitializersPass(lift_all_constants=False),
         common.DeduplicateInitializersPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -117,6 +125,11 @@ def _finish(model: ir.Model, one_token: bool) -> ir.Model:
     model.metadata_props.clear()
     model.graph.name = "step" if one_token else "prefill"
     return model
+
+
+def _rearranges_weight(node: ir.Node) -> bool:
+    """Layouts of weights are settled now, also those of a weight that two operators read."""
+    return node.op_type in ("Transpose", "Reshape", "Slice", "Squeeze", "Unsqueeze", "Split", "Concat")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from onnxscript import opset20 as op
+from onnxscript import opset20
 
 from lhcompile.lower.tables import chunk_tables, columns
 
@@ -24,6 +24,7 @@ __all__ = ["OPSET", "Lowering", "Prefill", "Step"]
 OPSET = 20
 _END = 2**63 - 1
 Value = Any  # a value of the graph being traced
+op: Any = opset20
 
 
 class Lowering:

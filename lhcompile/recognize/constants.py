@@ -7,8 +7,8 @@ import operator
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
+from lhcompile.artifacts import map_nodes
 from lhcompile.sizes import Point, Size
 
 __all__ = ["Constants"]
@@ -67,6 +67,6 @@ class Constants:
             return value.detach()
         if node in self.dependent:  # reached through an operator that reads its shape alone
             return torch.empty([axis.at(Point(1, time)) for axis in node.meta["sizes"]], dtype=node.meta["val"].dtype)
-        args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda arg: self.value(arg, time))
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda arg: self.value(arg, time))
         with torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]

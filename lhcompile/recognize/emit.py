@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from lhcompile import ops  # noqa: F401  (registers lhc::)
 from lhcompile.recognize.values import FirTaps, LongTaps, Window, axes_of, refuse, tensor_sizes
 from lhcompile.sizes import BATCH, TIME, Size, emit_size
 
-__all__ = ["Emitter", "causal_taps"]
+__all__ = ["Emitter", "causal_taps", "dtype_of"]
 
 aten = torch.ops.aten
 NEGATIVE_LAG = 1e-5
-"""Taps at negative lags below this share of the largest tap are the rounding of a single-precision transform."""
+"""Taps at negative lags below this share of their filter's largest are the rounding of a float32 transform."""
 TRAILING = 1e-7
-"""Trailing taps below this share of the largest tap are rounding of zero."""
+"""Trailing taps below this share of their filter's largest are rounding of zero."""
+ANOTHER = 1e-4
+"""Taps at two lengths that differ by more than this share of their filter's largest are not the same filter."""
 
 
 class Emitter:
@@ -71,12 +74,25 @@ class Emitter:
         if list(order) == sorted(order):
             return x
         sizes = tensor_sizes(x)
-        return self.call(aten.permute.default, (x, list(order)), tuple(sizes[i] for i in order))
+        return self._like(x, aten.permute.default, list(order), tuple(sizes[i] for i in order))
 
     def reshape(self, x: Node, sizes: tuple[Size, ...]) -> Node:
         if tensor_sizes(x) == sizes:
             return x
-        return self.call(aten.reshape.default, (x, [self.size(size) for size in sizes]), sizes)
+        return self._like(x, aten.reshape.default, [self.size(size) for size in sizes], sizes)
+
+    def cast(self, x: Node, dtype: torch.dtype) -> Node:
+        """x as `dtype`; what is meant to be complex stays real."""
+        if dtype.is_complex or dtype_of(x) == dtype:
+            return x
+        new = self.call(aten.to.dtype, (x, dtype), tensor_sizes(x))
+        new.meta["dtype"] = dtype
+        return new
+
+    def _like(self, x: Node, target: object, argument: object, sizes: tuple[Size, ...]) -> Node:
+        new = self.call(target, (x, argument), sizes)
+        new.meta["dtype"] = dtype_of(x)
+        return new
 
     def item(self, pair: Node, sizes: tuple[Size, ...]) -> Node:
         return self.call(operator.getitem, (pair, 0), sizes)
@@ -84,7 +100,11 @@ class Emitter:
     # ---- the operators -----------------------------------------------------------------------------------------
 
     def convolution(self, window: Window, node: Node, delay: int, context: int) -> Node:
-        """One lhc operator for a window that starts `delay` positions early, cut to the sequence."""
+        """One lhc operator for a window that starts `delay` positions early, cut to the sequence, in float32.
+
+        A single tap remembers nothing, so it becomes the ordinary operator that it is.
+        """
+        window = replace(window, source=self.cast(window.source, torch.float32))
         if isinstance(window.taps, LongTaps):
             return self._long(window, causal_taps(window.taps, window.axis, node, context), node, delay)
         return self._fir(window, node, delay)
@@ -104,13 +124,16 @@ class Emitter:
             bias = None if taps.bias is None else taps.bias.repeat(groups_of_batch)
             outs = [Size(0, 0, taps.weight.shape[0])]
             taps = FirTaps(weight, bias, taps.groups * groups_of_batch)
-        weight = torch.nn.functional.pad(taps.weight, (0, delay))
+        weight = torch.nn.functional.pad(taps.weight, (0, delay)).float()
         flat = Size(0, 0, math.prod(size.offset for size in channels) * groups_of_batch)
         u = self.reshape(self.permute(source, order), (BATCH, flat, TIME))
-        bias_node = None if taps.bias is None else self.constant(taps.bias, "bias")
-        args = (u, self.constant(weight, "weight"), bias_node, None, taps.groups)
-        out_flat = Size(0, 0, weight.shape[0])
-        y = self.item(self.call(torch.ops.lhc.fir.default, args, None), (BATCH, out_flat, TIME))
+        bias_node = None if taps.bias is None else self.constant(taps.bias.float(), "bias")
+        operands = (u, self.constant(weight, "weight"), bias_node)
+        out = (BATCH, Size(0, 0, weight.shape[0]), TIME)
+        if weight.shape[-1] == 1:
+            y = self.call(aten.conv1d.default, (*operands, [1], [0], [1], taps.groups), out)
+        else:
+            y = self.item(self.call(torch.ops.lhc.fir.default, (*operands, None, taps.groups), None), out)
         return self._back(y, [sizes[batch], *outs, TIME], order)
 
     def _long(self, window: Window, taps: Tensor, node: Node, delay: int) -> Node:
@@ -120,6 +143,8 @@ class Emitter:
         batch, time = axes_of(sizes, node)
         if taps.shape[batch] != 1:
             raise refuse(node, "its filter differs between rows of the batch")
+        if taps.shape[window.axis] == 1 and not delay:
+            return self.call(aten.mul.Tensor, (source, self.constant(taps.float(), "tap")), sizes)
         order, channels, groups_of_batch = _layout(sizes, batch, time)
         taps = torch.nn.functional.pad(taps.permute(order)[0], (delay, 0))  # [*channels, lag]
         filters, inner = _shared(taps, [size.offset for size in channels])
@@ -142,7 +167,13 @@ class Emitter:
         )
         if wanted == sizes:
             return source
-        return self.call(aten.expand.default, (source, [self.size(size) for size in wanted]), wanted)
+        return self._like(source, aten.expand.default, [self.size(size) for size in wanted], wanted)
+
+
+def dtype_of(new: Node) -> torch.dtype:
+    """dtype of a node of the new graph, remembered from the old one."""
+    dtype = new.meta.get("dtype")
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _layout(sizes: tuple[Size, ...], batch: int, time: int) -> tuple[list[int], list[Size], int]:
@@ -152,7 +183,7 @@ def _layout(sizes: tuple[Size, ...], batch: int, time: int) -> tuple[list[int], 
 
 
 def _shared(taps: Tensor, channels: list[int]) -> tuple[Tensor, int]:
-    """taps [*channels or 1, lag] → (filters [C, lag], inner) such that channel n is heard through filter (n // inner) % C."""
+    """taps [*channels or 1, lag] → (filters [C, lag], inner): channel n is heard through filter (n // inner) % C."""
     own = [i for i, count in enumerate(channels) if count != 1 and taps.shape[i] != 1]
     if not own:
         return taps.reshape(1, -1), 1
@@ -169,8 +200,8 @@ def causal_taps(taps: LongTaps, axis: int, node: Node, context: int) -> Tensor:
     shorter = max(context // 2, 2)
     part = _one_sided(taps, axis, node, shorter).narrow(axis, 0, shorter)
     span = min(shorter, whole.shape[axis])
-    scale = float(whole.abs().max())
-    if float((whole.narrow(axis, 0, span) - part.narrow(axis, 0, span)).abs().max()) > 1e-4 * scale:
+    scale = whole.abs().amax(axis, keepdim=True)
+    if bool(((whole.narrow(axis, 0, span) - part.narrow(axis, 0, span)).abs() > ANOTHER * scale).any()):
         raise refuse(
             node, f"its filter is another one at length {shorter} than at length {context}: there are no fixed taps"
         )
@@ -184,12 +215,12 @@ def _one_sided(taps: LongTaps, axis: int, node: Node, time: int) -> Tensor:
     if not bool(torch.isfinite(values).all()):
         raise refuse(node, "its filter holds NaN or infinite taps")
     if values.is_complex():
-        if float(values.imag.abs().max()) > NEGATIVE_LAG * float(values.abs().max()):
+        if bool((values.imag.abs() > NEGATIVE_LAG * values.abs().amax(axis, keepdim=True)).any()):
             raise refuse(node, "its filter is not real")
         values = values.real
     keep = min(time, size - time + 1)
     ahead = values.narrow(axis, keep, size - keep) if keep > 0 else values
-    if ahead.numel() and float(ahead.abs().max()) > NEGATIVE_LAG * float(values.abs().max()):
+    if bool((ahead.abs() > NEGATIVE_LAG * values.abs().amax(axis, keepdim=True)).any()):
         if size < 2 * time - 1:
             raise refuse(
                 node,

@@ -31,7 +31,7 @@ from lhcompile.recognize.values import (
     refuse,
     tensor_sizes,
 )
-from lhcompile.sizes import Point, Size
+from lhcompile.sizes import TIME, Point, Size
 
 if TYPE_CHECKING:
     from lhcompile.recognize.walk import Walk
@@ -60,11 +60,27 @@ def _axis(dim: int, rank: int) -> int:
 
 def _slice(walk: Walk, node: Node) -> Value | None:
     args = _bind(node)
-    value, rank = walk.values[args["self"]], _rank(args["self"])
-    axis = _axis(args["dim"], rank)
+    start, stop, step = (walk.number(args[key]) for key in ("start", "end", "step"))
+    if step != 1 and args["self"].meta["sizes"][_axis(args["dim"], _rank(args["self"]))].has_time:
+        raise refuse(node, f"takes every {step}th position: the output is not one per token")
+    return _cut(walk, node, args["self"], args["dim"], start, stop)
+
+
+def _narrow(walk: Walk, node: Node) -> Value | None:
+    args = _bind(node)
+    start, length = (walk.number(args[key]) for key in ("start", "length"))
+    return _cut(walk, node, args["self"], args["dim"], start, start + length)
+
+
+def _cut(walk: Walk, node: Node, arg: Node, dim: int, start: int | None, stop: int | None) -> Value | None:
+    """Positions start … stop-1 of `arg` along `dim`."""
+    value, axis = walk.values[arg], _axis(dim, _rank(arg))
     if isinstance(value, Plain):
-        if not tensor_sizes(value.node)[axis].has_time:
+        law = tensor_sizes(value.node)[axis]
+        if not law.has_time:
             return None
+        if law != TIME:
+            raise refuse(node, f"cuts an axis of {law} entries, which is not time alone")
         window = Window(value.node, axis, 0, walk.context + value.extra)
         extra = value.extra
     elif isinstance(value, Window) and value.axis == axis:
@@ -72,11 +88,8 @@ def _slice(walk: Walk, node: Node) -> Value | None:
     else:
         return None
     length = window.stop - window.start
-    start, stop, step = (walk.number(args[key]) for key in ("start", "end", "step"))
     start = _clip(0 if start is None else start, length)
     stop = _clip(length if stop is None else stop, length)
-    if step != 1:
-        raise refuse(node, f"takes every {step}th position: the output is not one per token")
     if extra and (start, stop) != (0, walk.context):
         raise refuse(node, f"cuts positions {start} to {stop} of a signal that is {extra} positions too long")
     if isinstance(value, Plain) and (start, stop) == (0, walk.context):
@@ -101,6 +114,8 @@ def _pad(walk: Walk, node: Node) -> Value | None:
         return None
     if any(pair != (0, 0) for pair in by_axis.values()):
         raise refuse(node, "pads time and channels at once")
+    if signal.taps is not None and max(before, after) > 0:
+        signal = _whole(walk, args["self"], node)
     if args.get("value") not in (None, 0, 0.0):
         raise refuse(node, f"pads time with {args['value']}, not with zeros")
     if args.get("mode") not in (None, "constant"):
@@ -110,8 +125,6 @@ def _pad(walk: Walk, node: Node) -> Value | None:
 
 def _extended(walk: Walk, node: Node, signal: Window, before: int, after: int) -> Window:
     """Zeros before and after; where samples exist there already the result is no longer the same signal."""
-    if signal.taps is not None:
-        raise refuse(node, "pads the result of a convolution")
     if (before > 0 and signal.start > 0) or (after > 0 and signal.stop < walk.context):
         raise refuse(node, "pads a signal with zeros where positions were cut off")
     return replace(signal, start=signal.start - before, stop=signal.stop + after)
@@ -126,12 +139,35 @@ def _cat(walk: Walk, node: Node) -> Value | None:
         return None
     if len(moving) > 1:
         raise refuse(node, "joins signals along time")
+    if signal.taps is not None:
+        signal = _whole(walk, moving[0], node)
     where = parts.index(moving[0])
     for part in parts:
         if part is not moving[0] and bool(walk.constants.tensor(part, walk.context).any()):
             raise refuse(node, "joins a signal along time with a constant that is not zero")
-    lengths = [0 if part is moving[0] else walk.constants.tensor(part, walk.context).shape[signal.axis] for part in parts]
-    return _extended(walk, node, signal, sum(lengths[:where]), sum(lengths[where + 1 :]))
+    before, after = (
+        sum(walk.constants.tensor(part, walk.context).shape[signal.axis] for part in some)
+        for some in (parts[:where], parts[where + 1 :])
+    )
+    return _extended(walk, node, signal, before, after)
+
+
+def _slice_scatter(walk: Walk, node: Node) -> Value | None:
+    """zeros[:, a:b] = signal: the signal with zeros before and behind"""
+    args = _bind(node)
+    source, base = args["src"], args["self"]
+    axis = _axis(args["dim"], _rank(base))
+    if walk.is_constant(source) or not walk.is_constant(base) or not base.meta["sizes"][axis].has_time:
+        return None
+    signal = walk.signal(source)
+    if signal is None or signal.axis != axis or bool(walk.constants.tensor(base, walk.context).any()):
+        return None
+    if signal.taps is not None:
+        signal = _whole(walk, source, node)
+    length = base.meta["sizes"][axis].at(Point(1, walk.context))
+    start, stop = (walk.number(args[key]) for key in ("start", "end"))
+    start, stop = _clip(0 if start is None else start, length), _clip(length if stop is None else stop, length)
+    return _extended(walk, node, signal, start, length - stop)
 
 
 # ---- short convolutions --------------------------------------------------------------------------------------------
@@ -144,9 +180,10 @@ def _conv1d(walk: Walk, node: Node) -> Value | None:
     signal = walk.signal(args["input"])
     if signal is None or signal.axis != _rank(args["input"]) - 1:
         return None
-    weight = walk.constants.tensor(args["weight"], walk.context)
-    bias = None if args["bias"] is None else walk.constants.tensor(args["bias"], walk.context)
+    weight = _steady(walk, args["weight"], node)
+    bias = None if args["bias"] is None else _steady(walk, args["bias"], node)
     padding = walk.number(args["padding"])
+    padding = [0] if padding == "valid" else padding
     stride, dilation = walk.number(args["stride"]), walk.number(args["dilation"])
     if isinstance(padding, str):
         raise refuse(node, f"looks ahead: padding={padding!r} is not causal")
@@ -154,13 +191,22 @@ def _conv1d(walk: Walk, node: Node) -> Value | None:
         raise refuse(node, f"has stride {list(stride)}: the output is not one per token")
     weight = _dilated(weight, dilation[0] if dilation else 1)
     taps, pad = weight.shape[-1], padding[0] if padding else 0
-    if taps == 1 and pad == 0 and signal.taps is None and (signal.start, signal.stop) == (0, walk.context):
+    if taps == 1 and pad == 0:
         return None  # a linear map of each position
     if signal.taps is not None or signal.start > 0 or signal.stop < walk.context:
         signal = _whole(walk, args["input"], node)
     start = signal.start - pad + taps - 1
     stop = start + (signal.stop - signal.start) + 2 * pad - (taps - 1)
     return Window(signal.source, signal.axis, start, stop, FirTaps(weight, bias, walk.number(args["groups"])), node)
+
+
+def _steady(walk: Walk, arg: Node, node: Node) -> Tensor:
+    """A convolution's weight or bias, checked to have the same newest taps at another length."""
+    value, shorter = (walk.constants.tensor(arg, time) for time in (walk.context, walk.context // 2))
+    span = min(value.shape[-1], shorter.shape[-1])
+    if not torch.allclose(value[..., -span:], shorter[..., -span:], rtol=1e-4):
+        raise refuse(node, f"its weights at length {walk.context // 2} are others than at length {walk.context}")
+    return value
 
 
 def _whole(walk: Walk, arg: Node, node: Node) -> Window:
@@ -184,14 +230,17 @@ def _dilated(weight: Tensor, dilation: int) -> Tensor:
 def _forward(onesided: bool) -> Rule:
     def rule(walk: Walk, node: Node) -> Value | None:
         args = _bind(node)
-        signal = walk.signal(args["self"])
+        signal, value = walk.signal(args["self"]), walk.values[args["self"]]
+        if isinstance(value, Plain) and value.extra:
+            raise refuse(node, f"transforms a signal {value.extra} positions longer than the sequence: cut it first")
         if signal is None or _axis(args["dim"], _rank(args["self"])) != signal.axis:
             return None
         if signal.taps is not None or signal.start != 0:
             signal = _whole(walk, args["self"], node)
         size = _sizer(walk, args["n"], args["self"].meta["sizes"][signal.axis])
-        if size(walk.context) < walk.context:
-            raise refuse(node, f"a transform of length {size(walk.context)} drops part of the sequence of {walk.context}")
+        length = size(walk.context)
+        if length < walk.context:
+            raise refuse(node, f"a transform of length {length} drops part of the sequence of {walk.context}")
         norm = args["norm"] or "backward"
         scale = {"backward": lambda n: 1.0, "ortho": lambda n: n**-0.5, "forward": lambda n: 1.0 / n}[norm]
         return Spectrum(signal.source, signal.axis, size, onesided, lambda t: scale(size(t)))
@@ -276,7 +325,7 @@ def _real_part(window: Window) -> Window:
 def _product(divide: bool) -> Rule:
     def rule(walk: Walk, node: Node) -> Value | None:
         left, right = node.args[0], node.args[1]
-        spectra = [arg for arg in (left, right) if _is_spectrum(walk, arg)]
+        spectra = [arg for arg in (left, right) if isinstance(arg, Node) and _is_spectrum(walk, arg)]
         if not spectra:
             return None
         if len(spectra) == 2 or (divide and not _is_spectrum(walk, left)):
@@ -314,27 +363,32 @@ def _amplified(walk: Walk, value: Spectrum, factor: Taps) -> Spectrum:
 
 
 def _einsum(walk: Walk, node: Node) -> Value | None:
-    equation, operands = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    equation, operands = str(node.args[0]), list[Any](node.args[1])  # type: ignore[arg-type]
     spectra = [i for i, arg in enumerate(operands) if _is_spectrum(walk, arg)]
     if not spectra:
         return None
-    inputs, output = str(equation).replace(" ", "").split("->")
+    inputs, _, output = equation.replace(" ", "").partition("->")
     mine = inputs.split(",")[spectra[0]]
-    if len(operands) != 2 or len(spectra) != 1 or mine != output:
+    letters = "".join(inputs.split(",")[: spectra[0]] + inputs.split(",")[spectra[0] + 1 :])
+    distinct = all(len(set(part)) == len(part) for part in (mine, letters, output))
+    if len(operands) != 2 or not distinct or "." in equation or set(output) != set(mine) | set(letters):
         raise refuse(node, f"combines spectra as {equation!r}, which is not a product bin by bin")
-    other, letters = operands[1 - spectra[0]], inputs.split(",")[1 - spectra[0]]
-    if not walk.is_constant(other) or not set(letters) <= set(mine):
+    other = operands[1 - spectra[0]]
+    if not walk.is_constant(other):
         raise refuse(node, "its filter depends on the tokens")
-    order = sorted(range(len(letters)), key=lambda i: mine.index(letters[i]))
+    order = sorted(range(len(letters)), key=lambda i: output.index(letters[i]))
 
     def factor(time: int) -> Tensor:
         constant = as_spectrum_gain(walk.constants.tensor(other, time)).permute(order)
         present = [letters[i] for i in order]
-        return constant.reshape([constant.shape[present.index(c)] if c in present else 1 for c in mine])
+        return constant.reshape([constant.shape[present.index(c)] if c in present else 1 for c in output])
 
     value = walk.values[operands[spectra[0]]]
     assert isinstance(value, Spectrum)
-    return _amplified(walk, value, factor)
+    added = [i for i, c in enumerate(output) if c not in mine]
+    moved = _rearranged(walk, value, [mine.index(c) for c in output if c in mine], added)
+    assert isinstance(moved, Spectrum)
+    return _amplified(walk, moved, factor)
 
 
 def _cast(walk: Walk, node: Node) -> Value | None:
@@ -351,20 +405,26 @@ def _layout(walk: Walk, node: Node) -> Value | None:
     value = walk.values[node.args[0]]  # type: ignore[index]
     if not isinstance(value, (Spectrum, Window)) or (isinstance(value, Window) and isinstance(value.taps, FirTaps)):
         return None
+    return _rearranged(walk, value, *_new_order(node, len(tensor_sizes(value.source))))
+
+
+def _rearranged(walk: Walk, value: Spectrum | Window, order: list[int], added: list[int]) -> Spectrum | Window:
+    """Axes in another order, then new ones of size 1 at the positions `added`, ascending."""
     rank = len(tensor_sizes(value.source))
-    order, added = _new_order(node, rank)
     source = walk.emit.permute(value.source, order)
-    if added is not None:
-        sizes = tensor_sizes(source)
-        source = walk.emit.reshape(source, (*sizes[:added], Size(0, 0, 1), *sizes[added:]))
     axis = order.index(value.axis)
-    axis += 1 if added is not None and added <= axis else 0
+    for position in added:
+        sizes = tensor_sizes(source)
+        source = walk.emit.reshape(source, (*sizes[:position], Size(0, 0, 1), *sizes[position:]))
+        axis += position <= axis
 
     def moved(taps: Taps) -> Taps:
         def at(time: int) -> Tensor:
             x = taps(time)
             x = x.reshape((1,) * (rank - x.ndim) + x.shape).permute(order)
-            return x if added is None else x.unsqueeze(added)
+            for position in added:
+                x = x.unsqueeze(position)
+            return x
 
         return at
 
@@ -376,17 +436,17 @@ def _layout(walk: Walk, node: Node) -> Value | None:
     return replace(value, source=source, axis=axis, taps=taps)
 
 
-def _new_order(node: Node, rank: int) -> tuple[list[int], int | None]:
-    """(order of the old axes, position of a new axis or None)"""
+def _new_order(node: Node, rank: int) -> tuple[list[int], list[int]]:
+    """(order of the old axes, positions of new ones)"""
     args = _bind(node)
     order = list(range(rank))
     if node.target == aten.unsqueeze.default:
-        return order, args["dim"] % (rank + 1)
+        return order, [args["dim"] % (rank + 1)]
     if node.target == aten.permute.default:
-        return [dim % rank for dim in args["dims"]], None
+        return [dim % rank for dim in args["dims"]], []
     first, second = args["dim0"] % rank, args["dim1"] % rank
     order[first], order[second] = order[second], order[first]
-    return order, None
+    return order, []
 
 
 def _rank(node: Node) -> int:
@@ -397,6 +457,8 @@ def _rank(node: Node) -> int:
 
 RULES: dict[object, Rule] = {
     aten.slice.Tensor: _slice,
+    aten.narrow.default: _narrow,
+    aten.slice_scatter.default: _slice_scatter,
     aten.constant_pad_nd.default: _pad,
     aten.pad.default: _pad,
     aten.cat.default: _cat,

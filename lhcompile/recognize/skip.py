@@ -7,11 +7,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+
+from lhcompile.sizes import Point
 
 __all__ = ["absorb_skips"]
 
@@ -42,7 +45,7 @@ def _absorb(module: GraphModule, add: Node, y: object, other: object) -> bool:
     for signal, scale in (other.args, other.args[::-1]):
         if not (isinstance(scale, Node) and scale.op == "get_attr" and isinstance(signal, Node)):
             continue
-        if signal not in before or len(before[signal]) != len(after):
+        if signal not in before or not _returns(signal, [*before[signal], *after]):
             continue
         direct = _per_filter(module, conv, signal, scale)
         if direct is None:
@@ -63,9 +66,9 @@ def _absorb(module: GraphModule, add: Node, y: object, other: object) -> bool:
 
 def _chain(y: Node) -> tuple[Node, list[Node]] | None:
     """The convolution y is a layout of, and the layout's steps."""
-    steps = []
+    steps: list[Node] = []
     while y.target in _LAYOUT and len(y.users) == 1:
-        steps.append(y)
+        steps.insert(0, y)
         y = y.args[0]  # type: ignore[assignment]
     if y.target is not operator.getitem or len(y.users) != 1:
         return None
@@ -83,9 +86,23 @@ def _source_chain(u: object) -> dict[Node, list[Node]]:
         found[u] = list(steps)
         if u.target not in _LAYOUT:
             break
-        steps.append(u)
+        steps.insert(0, u)
         u = u.args[0]
     return found
+
+
+def _returns(signal: Node, steps: list[Node]) -> bool:
+    """Whether the layout steps together put every entry of the signal back in its place."""
+    index = torch.arange(math.prod(_shape(signal))).reshape(_shape(signal))
+    moved = index
+    for step in steps:
+        permutes = step.target == aten.permute.default
+        moved = moved.permute(step.args[1]) if permutes else moved.reshape(_shape(step))  # type: ignore[arg-type]
+    return torch.equal(moved, index)
+
+
+def _shape(node: Node) -> list[int]:
+    return [size.at(Point(2, 3)) for size in node.meta["sizes"]]
 
 
 def _per_filter(module: GraphModule, conv: Node, signal: Node, scale: Node) -> Tensor | None:

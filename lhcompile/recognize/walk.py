@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
+from lhcompile.artifacts import map_nodes
 from lhcompile.recognize import lti
 from lhcompile.recognize.constants import Constants
-from lhcompile.recognize.emit import Emitter
-from lhcompile.recognize.pointwise import TRIAL, check_pointwise
+from lhcompile.recognize.emit import Emitter, dtype_of
+from lhcompile.recognize.pointwise import check_pointwise, doubled
 from lhcompile.recognize.values import Parts, Plain, Spectrum, Value, Window, refuse, tensor_sizes
-from lhcompile.sizes import Size
+from lhcompile.sizes import Point, Size
 
 __all__ = ["Walk"]
 
@@ -78,7 +78,7 @@ class Walk:
     def number(self, arg: Any, time: int | None = None) -> Any:
         """An argument's numbers at the context length (or `time`), batch 1."""
         at = self.context if time is None else time
-        return map_arg(arg, lambda node: self.constants.value(node, at))
+        return map_nodes(arg, lambda node: self.constants.value(node, at))
 
     def signal(self, node: Node) -> Window | None:
         """A tensor of the old graph as a window along its own time axis; None for spectra."""
@@ -105,9 +105,12 @@ class Walk:
         return value
 
     def _materialize(self, window: Window, node: Node) -> Plain:
-        time, length = self.context, window.stop - window.start
-        if window.taps is None and window.start == 0 and window.stop == time:
-            return Plain(window.source)
+        time, length, dtype = self.context, window.stop - window.start, node.meta["val"].dtype
+        if window.start == 0 and window.stop > time and any(size.scale > 1 for size in tensor_sizes(node)):
+            origin = window.origin or node
+            raise refuse(origin, f"is {length} positions long where the sequence has {time}, and read before a cut")
+        if window.taps is None and window.start == 0 and window.stop >= time:
+            return Plain(self.emit.cast(window.source, dtype), window.stop - time)
         node = window.origin or node
         if window.start > 0:
             raise refuse(node, f"looks ahead by {window.start} positions")
@@ -118,7 +121,7 @@ class Walk:
         reader, self.emit.origin = self.emit.origin, node
         y = self.emit.convolution(window, node, -window.start, self.context)
         self.emit.origin = reader
-        return Plain(y, window.stop - time if window.start == 0 else 0)
+        return Plain(self.emit.cast(y, dtype), window.stop - time if window.start == 0 else 0)
 
     # ---- ordinary operators ------------------------------------------------------------------------------------
 
@@ -136,9 +139,9 @@ class Walk:
                 return settled[arg].node
             if "size" in arg.meta:
                 return self.emit.size(_shorten(arg.meta["size"], extra))
-            return self._fold(arg, node, extra)
+            return self._fold(arg, node)
 
-        args, kwargs = map_arg((node.args, dict(node.kwargs)), convert)
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), convert)
         laws = node.meta["sizes"]
         several = isinstance(laws, list)
         sizes = [_cut(law, extra) for law in laws] if several else _cut(laws, extra)
@@ -153,46 +156,48 @@ class Walk:
         return [Plain(part, extra) for part in parts]
 
     def _check(self, node: Node, args: Any, kwargs: Any, inputs: list[Node], outputs: list[Any]) -> None:
-        """Try the operator at the trial size; see `pointwise`."""
+        """Try the operator at small sizes; see `pointwise`."""
         unique = list(dict.fromkeys(inputs))
-
-        def run(tensors: list[Tensor]) -> object:
-            given = dict(zip(unique, tensors, strict=True))
-
-            def value(arg: Node) -> Any:
-                if arg in given:
-                    return given[arg]
-                if "size" in arg.meta:
-                    return arg.meta["size"].at(TRIAL)
-                return getattr(self.root, str(arg.target))
-
-            real_args, real_kwargs = map_arg((args, kwargs), value)
-            with torch.no_grad():
-                return node.target(*real_args, **real_kwargs)  # type: ignore[operator]
-
-        kinds = [(tensor_sizes(x), self._dtype(x)) for x in unique]
-        check_pointwise(node, run, kinds, outputs)
         for out in outputs:
             if not isinstance(out, tuple):
                 raise refuse(node, "gives something that is not a tensor")
 
-    def _dtype(self, new: Node) -> torch.dtype:
-        """dtype of a new node, remembered from the old graph."""
-        dtype = new.meta.get("dtype")
-        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+        def run(point: Point, tensors: list[Tensor]) -> object:
+            given = dict(zip(unique, tensors, strict=True))
 
-    def _fold(self, arg: Node, reader: Node, extra: int) -> Node:
+            def value(arg: Node) -> Any:
+                if "size" in arg.meta:
+                    return arg.meta["size"].at(point)
+                return doubled(given[arg] if arg in given else getattr(self.root, str(arg.target)))
+
+            real_args, real_kwargs = map_nodes((args, kwargs), value)
+            with torch.no_grad():
+                return node.target(*real_args, **real_kwargs)  # type: ignore[operator]
+
+        kinds = [(tensor_sizes(x), dtype_of(x)) for x in unique]
+        check_pointwise(node, run, kinds, outputs)
+
+    def _fold(self, arg: Node, reader: Node) -> Node:
         """A constant as a buffer; one that is the same at every position loses its time axis."""
         if arg not in self._folded:
-            value = self.constants.tensor(arg, self.context)
-            for axis, size in enumerate(arg.meta.get("sizes") or ()):
-                if size.has_time and value.shape[axis] > 1:
-                    first = value.narrow(axis, 0, 1)
-                    if not torch.equal(first.expand_as(value), value):
-                        raise refuse(reader, f"uses {arg.name}, a constant that depends on the absolute position")
-                    value = first
+            value = self._timeless(arg, reader, self.context)
+            if arg.op != "get_attr" and not torch.equal(value, self._timeless(arg, reader, self.context // 2)):
+                raise refuse(reader, f"uses {arg.name}, a constant that changes with the length of the sequence")
             self._folded[arg] = self.emit.constant(value, arg.name)
         return self._folded[arg]
+
+    def _timeless(self, arg: Node, reader: Node, time: int) -> Tensor:
+        """A constant at one length, without its time axis."""
+        value = self.constants.value(arg, time)
+        if not isinstance(value, Tensor):
+            raise refuse(reader, f"uses {arg.name}, a number that changes with the length of the sequence")
+        for axis, size in enumerate(arg.meta.get("sizes") or ()):
+            if size.has_time and value.shape[axis] > 1:
+                first = value.narrow(axis, 0, 1)
+                if not torch.equal(first.expand_as(value), value):
+                    raise refuse(reader, f"uses {arg.name}, a constant that depends on the absolute position")
+                value = first
+        return value
 
 
 def _shorten(size: Size, extra: int) -> Size:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lhcompile.distill import reduce
-from lhcompile.distill.hankel import factor, order_limit
+from lhcompile.distill.hankel import EARLY, EVEN, LEVEL, Window, factor, order_limit
 from lhcompile.distill.norm import tap_norm
 from lhcompile.ssm import ModalSSM
 
@@ -39,27 +39,45 @@ def test_planted_systems_are_recovered(order: int, radius: float, spread: float)
     assert float((result.system.taps(1024) - taps).norm(dim=-1).max()) < 7e-4  # below the noise it was shown
 
 
-def test_singular_values_are_those_of_the_window(trained_like: Tensor) -> None:
-    factors = factor(tap_norm(trained_like, None), 16)
+def dense_window(taps: Tensor, window: Window) -> tuple[Tensor, float]:
+    """The window itself, [filters, p, q], and the largest weight a tap has in it."""
+    n = taps.shape[1] - 1
+    p, q = n // 2 + 1, n - n // 2
+    taper = window.taper(p, taps.shape[1], taps)
+    weight = torch.zeros(n, dtype=torch.float64)
+    for i in range(p):
+        weight[i : i + q] += (taper[i] * taper[:q]).square()
+    return taper.unsqueeze(-1) * taps[:, 1:].unfold(-1, q, 1) * taper[:q], float(weight.max())
+
+
+def test_level_window_counts_every_tap_once() -> None:
+    taper = LEVEL.taper(100, 200, torch.zeros(1, dtype=torch.float64)).square()
+    counts = torch.stack([(taper[: t + 1] * taper[: t + 1].flip(0)).sum() for t in range(100)])
+    torch.testing.assert_close(counts, torch.ones(100, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("window", [EVEN, LEVEL, *EARLY])
+def test_singular_values_are_those_of_the_window(trained_like: Tensor, window: Window) -> None:
+    factors = factor(tap_norm(trained_like, None), 16, window)
     scale = trained_like[:, 1:].abs().amax(-1, keepdim=True)
-    window = (trained_like / scale)[:, 1:].unfold(-1, 128, 1)
-    values = torch.linalg.svdvals(window)
+    values = torch.linalg.svdvals(dense_window(trained_like / scale, window)[0])
     torch.testing.assert_close(factors.values[:, :8], values[:, :8], rtol=1e-4, atol=0)
     torch.testing.assert_close(factors.energy, values.square().sum(-1))
 
 
+@pytest.mark.parametrize("window", [EVEN, LEVEL])
 @pytest.mark.parametrize("length", [3, 4, 5, 30, 31, 256])
-def test_bound_is_below_the_bound_of_the_dense_window(trained_like: Tensor, length: int) -> None:
+def test_bound_is_below_the_bound_of_the_dense_window(trained_like: Tensor, length: int, window: Window) -> None:
     """What the projected window gives is never more than Eckart–Young on the whole one."""
     taps = trained_like[:, :length]
-    n = length - 1
-    window = taps[:, 1:].unfold(-1, n - n // 2, 1)
-    values = torch.linalg.svdvals(window)
+    norm = tap_norm(taps, None)
+    whole, weight = dense_window(taps, window)
+    values = torch.linalg.svdvals(whole)
     for order in range(min(16, order_limit(length)) + 1):
-        dense = (values[:, order:].square().sum(-1) / min(window.shape[1:])).sqrt() / taps.norm(dim=-1)
-        bound = factor(tap_norm(taps, None), max(order, 1)).bound(order)
+        dense = (values[:, order:].square().sum(-1) / weight).sqrt() / taps.norm(dim=-1)
+        bound = factor(norm, max(order, 1), window).bound(order)
         assert bool((bound <= dense * (1 + 1e-9) + 1e-12).all())
-        near = factor(tap_norm(taps, None), 4 * order + 8).bound(order)
+        near = factor(norm, 4 * order + 8, window).bound(order)
         assert bool((near >= 0.95 * dense - 1e-6).all())
 
 
@@ -88,6 +106,4 @@ def test_flat_weights_are_no_weights(trained_like: Tensor) -> None:
     plain = reduce(trained_like, 6, method="hankel")
     flat = reduce(trained_like, 6, weights=torch.full((1, 9), 3.0), method="hankel")
     assert float((flat.error - plain.error).abs().max()) < 0.02  # the window ends ⅛ earlier
-    torch.testing.assert_close(
-        flat.error, tap_norm(trained_like, None).relative(trained_like - flat.system.taps(256))
-    )
+    torch.testing.assert_close(flat.error, tap_norm(trained_like, None).relative(trained_like - flat.system.taps(256)))

@@ -37,10 +37,7 @@ def test_reported_error_is_that_of_the_system(trained_like: Tensor, method: str,
         torch.eye(100)[99:],
         torch.randn(2, 200, generator=torch.Generator().manual_seed(3)),
         (-1.0) ** torch.arange(64).unsqueeze(0),
-        *(
-            torch.randn(2, length, generator=torch.Generator().manual_seed(length))
-            for length in (1, 2, 3, 4, 7)
-        ),
+        *(torch.randn(2, length, generator=torch.Generator().manual_seed(length)) for length in (1, 2, 3, 4, 7)),
     ],
     ids=[
         "zeros",
@@ -79,9 +76,7 @@ def test_many_orders_from_one_factorization(trained_like: Tensor) -> None:
     reducer = factorize(trained_like, 16)
     errors = torch.stack([reducer.reduce(order, "hankel").error.mean() for order in (1, 2, 4, 8, 16)])
     assert bool((errors.diff() < 0).all())
-    torch.testing.assert_close(
-        reducer.reduce(16, "hankel").error, reduce(trained_like, 16, method="hankel").error
-    )
+    torch.testing.assert_close(reducer.reduce(16, "hankel").error, reduce(trained_like, 16, method="hankel").error)
 
 
 def test_selection_gives_every_filter_its_own_order(trained_like: Tensor) -> None:

@@ -1,0 +1,27 @@
+"""lhcompile: trained long-convolution models as stateful ONNX graphs that run token by token.
+
+    import lhcompile
+    report = lhcompile.build("model.pt", output="out/", config="model.yaml", calibration="text.txt")
+
+Everything the command line does is a function here. Importing this package is cheap: each name is loaded when it is
+first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lhcompile.api import bench, build, generate, inspect, verify_directory
+    from lhcompile.errors import LhcompileError
+
+__all__ = ["LhcompileError", "bench", "build", "generate", "inspect", "verify_directory"]
+
+_HOMES = {"LhcompileError": "lhcompile.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module(_HOMES.get(name, "lhcompile.api")), name)
+    raise AttributeError(f"module 'lhcompile' has no attribute {name!r}")

@@ -1,0 +1,159 @@
+"""The manifest and the report of a build, put together from what the stages left."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+
+import onnx_ir as ir
+
+from lhcompile.artifacts import Distilled, LoadedModel, Lowered, Program
+from lhcompile.package.manifest import (
+    Distillation,
+    Graph,
+    Graphs,
+    Inputs,
+    Manifest,
+    ModelInfo,
+    Outputs,
+    State,
+    TokenFidelity,
+    Tokenizer,
+)
+from lhcompile.verify import summary
+from lhcompile.verify.model import BudgetReport, GraphReport, LayerReport, ModelReport, Report, StageFidelity
+
+__all__ = ["VERSIONED", "manifest_of", "report_of", "serialized"]
+
+VERSIONED = ("lhcompile", "torch", "onnx", "onnxruntime", "onnxscript", "numpy")
+BYTE_VOCABULARY = range(256, 513)
+
+
+def manifest_of(
+    loaded: LoadedModel,
+    lowered: Lowered,
+    program: Program,
+    layers: list[LayerReport] | None = None,
+    stages: list[StageFidelity] | None = None,
+    timings: dict[str, float] | None = None,
+    tokenizer: str | None = None,
+) -> Manifest:
+    """manifest.json without its file list, which packaging fills in.
+
+    tokenizer: name of the tokenizer file in the directory, None for a byte model or one that takes ids.
+    """
+    modal = [layer for layer in layers or [] if layer.order_max > 0]
+    return Manifest(
+        lhcompile_version=version("lhcompile"),
+        target=lowered.target,  # type: ignore[arg-type]
+        model=ModelInfo(
+            family=loaded.family,
+            vocab_size=program.vocabulary,
+            context_length=program.context,
+            parameters=loaded.parameters,
+        ),
+        tokenizer=_tokenizer(program, tokenizer),
+        graphs=Graphs(step=Graph(file="step.onnx"), prefill=Graph(file="prefill.onnx")),
+        inputs=Inputs(tokens="input_ids"),
+        outputs=Outputs(logits="logits"),
+        states=[
+            State(
+                input=state.name,
+                output=state.output,
+                shape=["batch", *state.shape],
+                dtype="float32",
+                kind=state.kind,
+                module=state.module,
+            )
+            for state in lowered.states
+        ],
+        distillation=[
+            Distillation(
+                module=layer.module,
+                method=layer.method,
+                filters=layer.filters,
+                order_max=layer.order_max,
+                order_mean=layer.order_mean,
+                tap_error=layer.tap_error or 0.0,
+                hankel_bound=layer.hankel_bound,
+            )
+            for layer in modal
+        ],
+        fidelity=_fidelity(stages),
+        timings={name: round(seconds, 3) for name, seconds in (timings or {}).items()},
+    )
+
+
+def _tokenizer(program: Program, file: str | None) -> Tokenizer | None:
+    if file is not None:
+        return Tokenizer(kind="tokenizers", file=file)
+    return Tokenizer(kind="bytes") if program.vocabulary in BYTE_VOCABULARY else Tokenizer(kind="none")
+
+
+def _fidelity(stages: list[StageFidelity] | None) -> TokenFidelity | None:
+    if not stages:
+        return None
+    first, last = stages[0], stages[-1]
+    return TokenFidelity.model_validate(
+        {
+            "tokens": last.tokens,
+            "loss_reference": first.loss,
+            "loss_compiled": last.loss,
+            "kl_mean": last.kl_mean,
+            "top1_agreement": last.top1_agreement,
+        }
+    )
+
+
+def report_of(
+    loaded: LoadedModel,
+    lowered: Lowered,
+    program: Program,
+    distilled: Distilled,
+    stages: list[StageFidelity],
+    graph: GraphReport,
+    budget: float | None,
+    files: dict[str, int],
+    timings: dict[str, float],
+    command: str,
+) -> Report:
+    """Everything the build has to say. budget: the relative rise asked for, None where an order was given."""
+    rise = None
+    if stages[0].loss and stages[-1].loss is not None:
+        rise = (stages[-1].loss - stages[0].loss) / abs(stages[0].loss)
+    blocks = len({_block(state.module) for state in lowered.states})
+    return Report(
+        model=ModelReport(
+            family=loaded.family,
+            source=loaded.source,
+            parameters=loaded.parameters,
+            vocab_size=program.vocabulary,
+            context_length=program.context,
+        ),
+        target=lowered.target,
+        command=command,
+        versions={name: version(name) for name in VERSIONED},
+        stages=stages,
+        layers=summary.layers_of(distilled, lowered.states),
+        samples=summary.samples_of(distilled),
+        spectra=summary.spectra_of(distilled),
+        poles=summary.poles_of(distilled),
+        budget=None
+        if budget is None
+        else BudgetReport(requested=budget, measured=rise, orders=summary.orders_tried(distilled)),
+        graph=graph.model_copy(update={"nodes_per_layer": graph.step_nodes / blocks if blocks else None}),
+        state_bytes=summary.state_bytes(lowered.states),
+        timings=timings,
+        files=files,
+    )
+
+
+def _block(path: str) -> str:
+    """The part of a module path up to its first number: one layer of the model."""
+    match = re.match(r".*?\b\d+\b", path)
+    return match.group(0) if match else path
+
+
+def serialized(model: ir.Model) -> bytes:
+    """The bytes of an .onnx file."""
+    return ir.to_proto(model).SerializeToString()

@@ -1,0 +1,114 @@
+"""Stage: the tokens that decide how far filters are reduced, and the tokens that judge the result.
+
+From a file, or sampled from the model itself. Half of the sequences calibrate, the other half are held out for the
+figures in the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lhcompile.artifacts import Program, Tokens
+from lhcompile.config import CalibrationConfig
+from lhcompile.errors import ConfigError
+
+__all__ = ["calibrate", "token_limit"]
+
+LENGTH = 1024
+"""Longest sequence used: longer contexts are calibrated on their first positions."""
+BYTE_VOCABULARY = range(256, 513)
+"""Vocabulary sizes whose first 256 tokens are taken to be bytes when no tokenizer is given."""
+
+
+def calibrate(config: CalibrationConfig, program: Program, streamed: Callable[[], Program]) -> Tokens:
+    """Calibration and held-out tokens, each int64 [sequences, time] with time ≤ the context.
+
+    program:  the recognized program, for its context and its number of tokens
+    streamed: gives a streamed program to sample from; called only when there is no file
+
+    Raises ConfigError when the file cannot be read, is too short, or holds token ids the model has not.
+    """
+    limit = token_limit(program)
+    length = min(LENGTH, program.context)
+    if config.calibration is None:
+        rows = _sample(streamed(), 2 * config.sequences, length, limit, config.seed)
+        return Tokens(rows[: config.sequences], rows[config.sequences :], "sampled from the model")
+    stream = _read(config.calibration, config.tokenizer, limit)
+    length = min(length, len(stream) // 2)
+    if length < 8:
+        raise ConfigError(f"{config.calibration} holds {len(stream)} tokens; calibration needs at least 16")
+    half = len(stream) // 2
+    return Tokens(
+        _windows(stream[:half], length, config.sequences),
+        _windows(stream[half:], length, config.sequences),
+        str(config.calibration),
+    )
+
+
+def token_limit(program: Program) -> int:
+    """How many token ids the model takes: rows of the table its input indexes, or else its outputs."""
+    nodes = list(program.graph.graph.nodes)
+    ids = next(node for node in nodes if node.op == "placeholder")
+    for node in nodes:
+        if node.target == torch.ops.aten.embedding.default and node.args[1] is ids:
+            return int(attrgetter(str(node.args[0].target))(program.graph).shape[0])
+    return program.vocabulary
+
+
+def _read(path: Path, tokenizer: Path | None, limit: int) -> Tensor:
+    """The token ids of a file, [tokens]."""
+    try:
+        if path.suffix == ".npy":
+            ids = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64).reshape(-1))
+        elif tokenizer is not None:
+            ids = _tokenized(path, tokenizer)
+        elif limit in BYTE_VOCABULARY:
+            ids = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).long()
+        else:
+            raise ConfigError(
+                f"the model has {limit} tokens, so text needs --tokenizer tokenizer.json, or give token ids as .npy"
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read calibration tokens from {path}: {error}") from None
+    foreign = ids[(ids < 0) | (ids >= limit)]
+    if len(foreign):
+        raise ConfigError(f"{path} holds token id {int(foreign[0])}; the model has {limit} tokens")
+    return ids
+
+
+def _tokenized(path: Path, tokenizer: Path) -> Tensor:
+    from tokenizers import Tokenizer
+
+    try:
+        encoder = Tokenizer.from_file(str(tokenizer))
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"cannot read the tokenizer {tokenizer}: {error}") from None
+    return torch.tensor(encoder.encode(path.read_text(), add_special_tokens=False).ids, dtype=torch.int64)
+
+
+def _windows(stream: Tensor, length: int, count: int) -> Tensor:
+    """At most `count` windows of `length` tokens, spread evenly, [windows, length]."""
+    available = len(stream) // length
+    chosen = torch.linspace(0, available - 1, min(count, available)).round().long()
+    return stream[: available * length].reshape(available, length)[chosen]
+
+
+@torch.no_grad()
+def _sample(program: Program, rows: int, length: int, limit: int, seed: int) -> Tensor:
+    """Sequences drawn token by token at temperature 1 from a random first token, [rows, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, limit, (rows, 1), generator=generator)
+    states = [torch.zeros(rows, *state.shape) for state in program.states]
+    sequence = [tokens]
+    for _ in range(length - 1):
+        logits, *states = program.graph(tokens, *states)
+        chances = logits[:, -1, :limit].double().softmax(-1)
+        tokens = torch.multinomial(chances, 1, generator=generator)
+        sequence.append(tokens)
+    return torch.cat(sequence, dim=1)

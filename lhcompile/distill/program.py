@@ -1,0 +1,210 @@
+"""Stage: recognized program in, program whose long convolutions are modal systems out.
+
+All filters of the model are reduced as one bank. Their error is weighted by the spectrum each one hears on the
+calibration tokens: what a filter never hears costs nothing. The order is given, or the smallest whose loss on those
+tokens stays within the budget.
+
+    before                                      after
+    y, s = lhc.long_conv(u, taps, None, R)      y, s = lhc.modal_ssm(u, A, c, D, None, R)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from lhcompile.artifacts import Distilled, DistilledLayer, Program, Trial, module_path
+from lhcompile.config import DistillConfig
+from lhcompile.distill.reduction import Reducer, Reduction, factorize
+from lhcompile.errors import BudgetError
+from lhcompile.measure import loss
+
+__all__ = ["distill"]
+
+lhc = torch.ops.lhc
+ORDERS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Orders the search tries. Odd ones would leave half a slot of state unused."""
+
+
+def distill(
+    program: Program,
+    config: DistillConfig,
+    tokens: Tensor | None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Distilled:
+    """Replace every long convolution as `config` asks.
+
+    tokens: int64 [sequences, time] that weigh the filters and judge the budget; None fits all frequencies alike,
+            which needs an order. say: told what is going on, a phrase at a time.
+
+    Raises BudgetError, naming the best that was reached, when no order up to `config.max_order` keeps the loss.
+    """
+    nodes = [node for node in program.graph.graph.nodes if node.target == lhc.long_conv.default]
+    if config.exact or not nodes:
+        return Distilled(program, tuple(_kept(program.graph, node) for node in nodes))
+    bank, counts = _bank(program.graph, nodes)
+    weights = None
+    if tokens is not None:
+        say("listening to the convolutions' inputs")
+        weights = _heard(program.graph, nodes, tokens, bank.shape[1])
+    bank_of = _Bank(bank, weights, config.method, say)
+    trials: tuple[Trial, ...] = ()
+    if config.order is not None:
+        reduction = bank_of.reduce(config.order)
+    else:
+        assert tokens is not None
+        reduction, trials = _search(program, nodes, counts, bank_of, config, tokens, say)
+    return _replaced(program, nodes, counts, reduction, trials)
+
+
+def _bank(module: GraphModule, nodes: Sequence[Node]) -> tuple[Tensor, list[int]]:
+    """All taps as [filters of all layers, length], and the filters of each layer."""
+    taps = [_taps(module, node).double() for node in nodes]
+    length = max(x.shape[1] for x in taps)
+    bank = torch.cat([torch.nn.functional.pad(x, (0, length - x.shape[1])) for x in taps])
+    return bank, [x.shape[0] for x in taps]
+
+
+def _taps(module: GraphModule, node: Node) -> Tensor:
+    return getattr(module, str(node.args[1].target)).detach()  # type: ignore[union-attr]
+
+
+class _Bank:
+    """All filters of a model, factored as far as the orders asked for need: a small rank costs little."""
+
+    _RANKS = (8, 32, 128, 512)
+
+    def __init__(self, taps: Tensor, weights: Tensor | None, method: str, say: Callable[[str], None]) -> None:
+        self._taps, self._weights, self._method, self._say = taps, weights, method, say
+        self._reducer: Reducer | None = None
+        self._rank = 0
+
+    def reduce(self, order: int) -> Reduction:
+        if self._reducer is None or order > self._rank:
+            self._rank = next(rank for rank in self._RANKS if rank >= order)
+            self._say(f"factoring {self._taps.shape[0]} filters of length {self._taps.shape[1]}")
+            self._reducer = factorize(self._taps, self._rank, self._weights)
+        return self._reducer.reduce(order, self._method)
+
+
+class _Ear(Interpreter):
+    """Runs a program and adds up the power spectrum of what each long convolution is given."""
+
+    def __init__(self, module: GraphModule, nodes: Sequence[Node], length: int) -> None:
+        super().__init__(module)
+        self.power: dict[Node, Tensor | float] = dict.fromkeys(nodes, 0.0)
+        self.length = length
+
+    def run_node(self, n: Node) -> object:
+        if n in self.power:
+            u, taps, _, inner = cast(tuple[Tensor, Tensor, None, int], self.fetch_args_kwargs_from_env(n)[0])
+            spectrum = torch.fft.rfft(u, n=2 * self.length).abs().square()
+            grouped = spectrum.unflatten(1, (-1, taps.shape[0], inner))
+            self.power[n] = self.power[n] + grouped.double().mean(dim=(0, 1, 3))
+        return super().run_node(n)
+
+
+@torch.no_grad()
+def _heard(module: GraphModule, nodes: Sequence[Node], tokens: Tensor, length: int) -> Tensor:
+    """Power spectrum of each filter's input on the tokens, [filters of all layers, length + 1]."""
+    ear = _Ear(module, nodes, length)
+    for rows in tokens.split(4):
+        ear.run(rows)
+    return torch.cat([torch.as_tensor(ear.power[node]) for node in nodes])
+
+
+def _search(
+    program: Program,
+    nodes: Sequence[Node],
+    counts: list[int],
+    bank: _Bank,
+    config: DistillConfig,
+    tokens: Tensor,
+    say: Callable[[str], None],
+) -> tuple[Reduction, tuple[Trial, ...]]:
+    """The smallest order whose loss on the tokens rises by no more than the budget."""
+    reference = loss(program, tokens)
+    trials: list[Trial] = []
+    for order in (order for order in ORDERS if order <= config.max_order):
+        reduction = bank.reduce(order)
+        value = loss(_with_taps(program, nodes, counts, reduction), tokens)
+        trials.append(Trial(order, value, (value - reference) / reference))
+        say(f"order {order}: loss {trials[-1].rise:+.3%} of {config.rise:.3%} allowed")
+        if trials[-1].rise <= config.rise:
+            return reduction, tuple(trials)
+    best = min(trials, key=lambda trial: trial.rise)
+    raise BudgetError(
+        f"no order up to {config.max_order} keeps the loss within {config.rise:.3%}: the best is {best.rise:+.3%} at "
+        f"order {best.order}; allow more with --budget, a larger --max-order, or keep the taps with --exact"
+    )
+
+
+def _with_taps(program: Program, nodes: Sequence[Node], counts: list[int], reduction: Reduction) -> Program:
+    """The program with its taps replaced by those of the systems: what the distilled model computes on a whole
+    sequence, without states."""
+    module = _copy(program.graph)
+    taps = reduction.system.taps(max(_taps(program.graph, node).shape[1] for node in nodes))
+    for node, fitted in zip(nodes, taps.split(counts), strict=True):
+        setattr(module, str(node.args[1].target), fitted.float())  # type: ignore[union-attr]
+    return Program(module, program.context)
+
+
+def _replaced(
+    program: Program, nodes: Sequence[Node], counts: list[int], reduction: Reduction, trials: tuple[Trial, ...]
+) -> Distilled:
+    """The program with a modal system for each convolution."""
+    module = _copy(program.graph)
+    layers = []
+    copies = [node for node in module.graph.nodes if node.target == lhc.long_conv.default]
+    filters = torch.arange(sum(counts)).split(counts)
+    for index, (node, rows) in enumerate(zip(copies, filters, strict=True)):
+        part = reduction[rows]
+        real = part.system.real()
+        weights = []
+        with module.graph.inserting_before(node):
+            for name in ("transition", "readout", "direct"):
+                module.register_buffer(f"{name}_{index}", getattr(real, name).float())
+                weights.append(module.graph.get_attr(f"{name}_{index}"))
+        layers.append(_layer(program.graph, nodes[index], part))
+        node.target = lhc.modal_ssm.default
+        node.args = (node.args[0], *weights, None, node.args[3])
+    module.graph.eliminate_dead_code()
+    for name in {str(node.args[1].target) for node in nodes}:  # type: ignore[union-attr]
+        delattr(module, name)
+    module.recompile()
+    return Distilled(Program(module, program.context), tuple(layers), trials)
+
+
+def _layer(module: GraphModule, node: Node, part: Reduction) -> DistilledLayer:
+    return DistilledLayer(
+        module=module_path(node),
+        method=part.method,
+        channels=_channels(node),
+        taps=_taps(module, node),
+        system=part.system,
+        orders=part.system.orders,
+        error=part.error,
+        bound=part.bound,
+        hankel_singular_values=part.hankel_singular_values,
+    )
+
+
+def _kept(module: GraphModule, node: Node) -> DistilledLayer:
+    return DistilledLayer(module_path(node), "exact", _channels(node), _taps(module, node))
+
+
+def _channels(node: Node) -> int:
+    return int(node.args[0].meta["sizes"][1].offset)  # type: ignore[union-attr]
+
+
+def _copy(module: GraphModule) -> GraphModule:
+    """A module of its own that shares every buffer until one is replaced."""
+    twin = copy.copy(module)
+    twin.__dict__["_buffers"] = dict(module._buffers)
+    twin.graph = copy.deepcopy(module.graph)
+    return twin

@@ -1,0 +1,202 @@
+"""Reads state dicts from files nobody vouches for, and fills modules with them.
+
+Only weights are read: torch's weights-only loader and safetensors. Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import struct
+import sys
+import warnings
+import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lhcompile.errors import CheckpointError
+from lhcompile.load.inert import read_inert, tensors_of
+
+__all__ = ["SUFFIXES", "Checkpoint", "fill", "read_checkpoint", "shape_text", "without_prefix"]
+
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+PREFIXES = ("", "model.", "module.", "_orig_mod.", "module.model.", "model._orig_mod.", "_orig_mod.model.")
+# Names from the standard library that data may hold; any other means the file wants to run something.
+HARMLESS_MODULES = {"_codecs", "argparse", "collections", "copyreg", "datetime", "decimal", "enum", "pathlib"}
+HARMLESS_BUILTINS = {"bytearray", "complex", "dict", "frozenset", "list", "object", "range", "set", "slice", "tuple"}
+DAMAGE = (
+    RuntimeError, EOFError, KeyError, IndexError, ValueError, TypeError, AttributeError, OSError, AssertionError,
+    OverflowError, struct.error,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """tensors: by key, as stored; notes: what else was in the file and is not used."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The state dict of a .pt, .pth, .ckpt, .bin or .safetensors file, its wrapper removed.
+
+    Raises CheckpointError, in one line, when the file is missing, damaged, no checkpoint, or would run code.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path}: the checkpoint {what}")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path}: the file is empty")
+    if path.suffix == ".safetensors":
+        return Checkpoint(path, _read_safetensors(path))
+    content, notes = _read_torch(path)
+    return _unwrapped(path, content, notes)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated, or not a safetensors file ({_line(error)})") from None
+
+
+def _read_torch(path: Path) -> tuple[Any, list[str]]:
+    zipped = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not zipped and start.startswith(b"PK"):
+        raise CheckpointError(f"{path}: the file is truncated")
+    if not zipped and not start.startswith(b"\x80"):
+        raise CheckpointError(f"{path}: not a checkpoint: neither a torch file nor safetensors")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped), []
+    except pickle.UnpicklingError as error:
+        return _read_beside_foreign_classes(path, zipped, error)
+    except DAMAGE as error:
+        if "TorchScript" in str(error):
+            raise CheckpointError(f"{path}: a TorchScript archive, not a checkpoint; save its state_dict") from None
+        raise CheckpointError(f"{path}: truncated, or not a checkpoint ({_line(error)})") from None
+
+
+def _read_beside_foreign_classes(path: Path, zipped: bool, error: Exception) -> tuple[Any, list[str]]:
+    """The pickle names classes that are no weights: refuse what could act, skip what is data."""
+    names = _foreign_names(path, zipped, error)
+    if not names:
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({_line(error)})") from None
+    acting = [name for name in names if _could_act(name)]
+    if acting or not zipped:
+        shown = ", ".join((acting or names)[:3])
+        raise CheckpointError(f"{path}: opening it would run code ({shown}); save a plain state_dict") from None
+    try:
+        content = read_inert(path)
+        found = next((w for w in WRAPPERS if isinstance(content, Mapping) and w in content), None)
+        if found is None or not isinstance(content[found], Mapping):
+            raise CheckpointError(
+                f"{path}: holds objects of {', '.join(names[:3])} and no state_dict; save a plain state_dict"
+            )
+        tensors = tensors_of(path, content[found])
+    except (*DAMAGE, pickle.UnpicklingError, zipfile.BadZipFile) as damage:
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint ({_line(damage)})") from None
+    notes = [f"skipped objects of {', '.join(names)}"]
+    return {**{key: None for key in content if key != found}, found: tensors}, notes
+
+
+def _foreign_names(path: Path, zipped: bool, error: Exception) -> list[str]:
+    if zipped:
+        try:
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except (*DAMAGE, pickle.UnpicklingError):
+            pass
+    return re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
+
+
+def _could_act(name: str) -> bool:
+    top, _, rest = name.partition(".")
+    if top == "builtins" or not rest:  # torch drops the "builtins." of a name
+        return (rest or top) not in HARMLESS_BUILTINS
+    return top in sys.stdlib_module_names and top not in HARMLESS_MODULES
+
+
+def _unwrapped(path: Path, content: Any, notes: list[str]) -> Checkpoint:
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    for wrapper in WRAPPERS:
+        if isinstance(content.get(wrapper), Mapping):
+            others = sorted(str(key) for key in content if key != wrapper)
+            if others:
+                notes = [*notes, f"used only {wrapper!r} of the file, not {', '.join(others)}"]
+            content = content[wrapper]
+            break
+    tensors: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            tensors[str(key)] = value
+        elif not str(key).endswith("_extra_state"):
+            raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor; not a state dict")
+    if not tensors:
+        raise CheckpointError(f"{path}: the state dict is empty")
+    return Checkpoint(path, tensors, tuple(notes))
+
+
+def without_prefix(checkpoint: Checkpoint, known: Collection[str]) -> Checkpoint:
+    """Removes the wrapper's prefix from the keys: the first prefix under which a known key is found."""
+    for prefix in PREFIXES:
+        tensors = {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
+        if not tensors.keys().isdisjoint(known):
+            left = sorted(k for k in checkpoint.tensors if not k.startswith(prefix))
+            notes = (f"skipped keys outside {prefix!r}: {', '.join(left)}",) if left else ()
+            return Checkpoint(checkpoint.path, tensors, checkpoint.notes + notes)
+    return checkpoint
+
+
+def fill(module: nn.Module, checkpoint: Checkpoint, kind: str) -> None:
+    """Copies the tensors into the module, strictly. `kind` says in errors what the keys looked like.
+
+    Raises CheckpointError naming the key when one is missing, unexpected, of a wrong shape, or not finite.
+    """
+    wanted = module.state_dict()
+    tensors, path = checkpoint.tensors, checkpoint.path
+    missing = [key for key in wanted if key not in tensors]
+    if missing:
+        expected = shape_text(wanted[missing[0]].shape)
+        raise CheckpointError(
+            f"{path}: missing key {missing[0]!r} of shape {expected}{_more(missing)}; it looked like {kind}"
+        )
+    unexpected = sorted(key for key in tensors if key not in wanted)
+    if unexpected:
+        raise CheckpointError(f"{path}: unexpected key {unexpected[0]!r}{_more(unexpected)}; it looked like {kind}")
+    for key, value in wanted.items():
+        found = tensors[key]
+        if found.shape != value.shape:
+            shapes = f"{shape_text(found.shape)}, expected {shape_text(value.shape)}"
+            raise CheckpointError(f"{path}: {key!r} has shape {shapes}; it looked like {kind}")
+        if found.is_complex() and not value.is_complex():
+            raise CheckpointError(f"{path}: {key!r} is complex, expected {value.dtype}")
+        if not bool(torch.isfinite(found).all()):
+            raise CheckpointError(f"{path}: {key!r} holds NaN or infinite values")
+    module.load_state_dict(tensors)
+
+
+def shape_text(shape: Collection[int]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _more(keys: list[str]) -> str:
+    return f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160]

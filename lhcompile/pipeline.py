@@ -1,0 +1,143 @@
+"""The road of a model: checkpoint in, built directory out. Opening this file is opening the table of contents.
+
+load       torch module from checkpoint, factory or archive
+capture    program of its sizes; needs nothing of what the module is
+recognize  names every convolution; after capture, because laws of sizes tell time from channels
+calibrate  tokens to choose by and tokens to judge by; after recognize, because sampling needs a streamed program
+distill    convolutions to modal systems; before streamify, while a program still takes whole sequences
+streamify  states in and out
+lower      ONNX graphs
+verify     parity of each stage, figures on held-out tokens
+package    the directory, whole or not at all
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from lhruntime import Session
+
+from lhcompile import verify
+from lhcompile.artifacts import Program
+from lhcompile.assemble import manifest_of, report_of, serialized
+from lhcompile.calibrate import calibrate, token_limit
+from lhcompile.capture import capture
+from lhcompile.config import BuildConfig, DistillConfig
+from lhcompile.distill import distill
+from lhcompile.load import load
+from lhcompile.lower import lower
+from lhcompile.package import Manifest, check_destination, package
+from lhcompile.recognize import recognize
+from lhcompile.streamify import streamify
+from lhcompile.verify.graphs import check_graphs
+from lhcompile.verify.model import Report
+from lhcompile.verify.report import render_report
+
+__all__ = ["Progress", "build"]
+
+SAMPLING = DistillConfig(order=32)
+"""Calibration tokens are sampled from a stand-in of this order when there is no file."""
+PARITY_TIME = 160
+"""Tokens a row in the parity gates: several prefill chunks and a remainder."""
+PARITY_ROWS = 3
+
+
+@dataclass
+class Progress:
+    """Names, times and remarks of stages as they run; `on_stage` and `on_remark` are the screen's."""
+
+    on_stage: Callable[[str], None] = lambda _: None
+    on_remark: Callable[[str], None] = lambda _: None
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Times the block under `name`; gives a function for remarks."""
+        self.on_stage(name)
+        started = time.perf_counter()
+        yield self.on_remark
+        self.timings[name] = time.perf_counter() - started
+
+
+def build(model: str, config: BuildConfig, progress: Progress | None = None, command: str = "") -> Report:
+    """Compile `model` as `config` asks and write the directory `config.package.output`.
+
+    model: checkpoint file, `package.module:factory` or .pt2 archive. Returns the report that was written.
+    Raises an LhcompileError for everything a user can mend; the destination is then as it was.
+    """
+    progress = progress or Progress()
+    check_destination(config.package.output, config.package.force)
+    with progress.stage("load"):
+        loaded = load(model, **dict(config.load))
+    with progress.stage("capture"):
+        captured = capture(loaded)
+        probe = _probe(captured)
+        verify.check_stage(captured, loaded.module, probe, verify.CAPTURED)
+    with progress.stage("recognize"):
+        recognized = recognize(captured)
+        verify.check_stage(recognized, captured, probe, verify.RECOGNIZED)
+    with progress.stage("calibrate"):
+        tokens = calibrate(config.calibration, recognized, lambda: _stand_in(recognized))
+        few = tokens.heldout[:PARITY_ROWS, :PARITY_TIME]
+    with progress.stage("distill") as say:
+        distilled = distill(recognized, config.distill, tokens.calibration, say)
+    with progress.stage("streamify"):
+        streamed = streamify(distilled.program)
+        verify.check_streamed(streamed, distilled.program, few)
+    with progress.stage("lower"):
+        lowered = lower(streamed, config.lower)
+        graph = check_graphs(lowered)
+        files: dict[str, bytes | Path] = {
+            "step.onnx": serialized(lowered.step),
+            "prefill.onnx": serialized(lowered.prefill),
+        }
+        if config.calibration.tokenizer is not None:
+            files["tokenizer.json"] = config.calibration.tokenizer
+    tokenizer = "tokenizer.json" if "tokenizer.json" in files else None
+    with progress.stage("verify") as say, _rehearsal(files, manifest_of(loaded, lowered, streamed)) as onnx:
+        say("feeding the graphs in every cut")
+        verify.check_session(onnx, streamed, few)
+        say(f"measuring on {tokens.heldout.numel()} held-out tokens")
+        stages = verify.fidelity(
+            loaded.module,
+            {"captured": captured, "distilled": distilled.program, "streamed": streamed, "onnx": onnx},
+            tokens.heldout,
+        )
+    with progress.stage("package"):
+        sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in files.items()}
+        searched = None if config.distill.order or config.distill.exact else config.distill.rise
+        report = report_of(
+            loaded, lowered, streamed, distilled, stages, graph, searched, sizes, progress.timings, command
+        )
+        files["report.json"] = report.model_dump_json(indent=1).encode()
+        files["report.html"] = render_report(report).encode()
+        manifest = manifest_of(loaded, lowered, streamed, report.layers, stages, progress.timings, tokenizer)
+        package(config.package.output, files, manifest, force=config.package.force)
+    return report
+
+
+def _probe(program: Program) -> torch.Tensor:
+    """Random tokens for the gates before there is text, [rows, time]."""
+    generator = torch.Generator().manual_seed(0)
+    size = (PARITY_ROWS, min(PARITY_TIME, program.context))
+    return torch.randint(0, token_limit(program), size, generator=generator)
+
+
+def _stand_in(recognized: Program) -> Program:
+    """A streamed program near enough to the model to sample calibration tokens from."""
+    return streamify(distill(recognized, SAMPLING, None).program)
+
+
+@contextmanager
+def _rehearsal(files: dict[str, bytes | Path], manifest: Manifest) -> Iterator[verify.SessionModel]:
+    """The graphs in a directory of their own, driven by the runtime as users will drive them."""
+    with tempfile.TemporaryDirectory() as place:
+        directory = package(Path(place) / "model", dict(files), manifest, force=False)
+        yield verify.SessionModel(lambda batch: Session.load(directory, batch=batch))
+

@@ -1,0 +1,160 @@
+"""Stage: is the built model the model it came from? Parity gates after every stage, figures on held-out tokens.
+
+Parity means the whole sequence against every way of cutting it, outputs and final states, several rows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from lhruntime import Session
+from torch import Tensor
+
+from lhcompile.artifacts import Program
+from lhcompile.errors import ParityError
+from lhcompile.measure import Model, compare
+from lhcompile.verify.budgets import CAPTURED, ONNX, RECOGNIZED, STREAMED, Tolerance
+from lhcompile.verify.model import StageFidelity
+
+__all__ = [
+    "CAPTURED",
+    "ONNX",
+    "RECOGNIZED",
+    "STREAMED",
+    "SessionModel",
+    "assert_close",
+    "check_cuts",
+    "check_session",
+    "check_stage",
+    "check_streamed",
+    "fidelity",
+]
+
+ROWS = 3
+
+
+def assert_close(value: Tensor, reference: Tensor, tolerance: Tolerance, what: str) -> None:
+    """Raise ParityError when max |value − reference| exceeds the tolerance times the reference's RMS, or is NaN."""
+    if value.shape != reference.shape:
+        raise ParityError(f"{tolerance.name}: {what} has shape {list(value.shape)}, not {list(reference.shape)}")
+    if not reference.numel():
+        return
+    scale = float(reference.double().square().mean().sqrt())
+    worst = float((value.double() - reference.double()).abs().max())
+    if not worst <= tolerance.relative * scale:
+        raise ParityError(
+            f"{tolerance.name}: {what} differs by {worst:.3g} where {tolerance.relative * scale:.3g} is allowed "
+            f"({tolerance.relative:g} of its RMS: {tolerance.reason})"
+        )
+
+
+@torch.no_grad()
+def check_stage(model: Model, reference: Model, tokens: Tensor, tolerance: Tolerance) -> None:
+    """A stage's logits against those of the stage before, on tokens [rows, time] and on a shorter piece of them."""
+    for time in (tokens.shape[1], max(1, tokens.shape[1] // 2 - 1)):
+        rows = tokens[:, :time]
+        assert_close(model(rows), reference(rows), tolerance, f"logits of {len(rows)} × {time} tokens")
+
+
+def cuts_of(length: int) -> list[list[int]]:
+    """Ways to cut a sequence: one by one at its start, odd pieces around powers of two, two unequal halves."""
+    ragged = [1, 2, 31, 33, 1, 64, 7]
+    pieces: list[int] = []
+    while sum(pieces) < length:
+        pieces.append(min(ragged[len(pieces) % len(ragged)], length - sum(pieces)))
+    ones, third = min(length, 16), max(1, length // 3)
+    return [pieces, [1] * ones + [length - ones] * (length > ones), [third, length - third]]
+
+
+@torch.no_grad()
+def check_streamed(program: Program, reference: Model, tokens: Tensor) -> None:
+    """The streamed program fed whole and in cuts against the whole-sequence program: logits and final states."""
+    zero = [torch.zeros(len(tokens), *state.shape) for state in program.states]
+    truth = reference(tokens)
+    _, *final = program.graph(tokens, *zero)
+    for cuts in ([tokens.shape[1]], *cuts_of(tokens.shape[1])):
+        states, logits = list(zero), []
+        for piece in tokens.split([cut for cut in cuts if cut], dim=1):
+            part, *states = program.graph(piece, *states)
+            logits.append(part)
+        how = _describe(cuts)
+        assert_close(torch.cat(logits, 1), truth, STREAMED, f"logits fed {how}")
+        for state, value, expected in zip(program.states, states, final, strict=True):
+            assert_close(value, expected, STREAMED, f"state {state.name} after feeding {how}")
+
+
+def _describe(cuts: Sequence[int]) -> str:
+    if len(cuts) == 1:
+        return "whole"
+    return f"in {len(cuts)} pieces ({', '.join(map(str, cuts[:5]))}{', …' * (len(cuts) > 5)})"
+
+
+class SessionModel:
+    """A built directory as a Model: tokens [batch, time] -> logits [batch, time, vocab], from zero states."""
+
+    def __init__(self, load: Callable[[int], Session]) -> None:
+        self._load = load
+        self._sessions: dict[int, Session] = {}
+
+    def session(self, batch: int) -> Session:
+        """The session for this batch, freshly reset."""
+        if batch not in self._sessions:
+            self._sessions[batch] = self._load(batch)
+        self._sessions[batch].reset()
+        return self._sessions[batch]
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return torch.from_numpy(np.array(self.session(len(tokens)).prefill(tokens.numpy())))
+
+
+def check_session(model: SessionModel, program: Program, tokens: Tensor) -> None:
+    """The ONNX graphs against the streamed torch program, whole and in cuts: logits and final states."""
+    zero = [torch.zeros(len(tokens), *state.shape) for state in program.states]
+    with torch.no_grad():
+        logits, *final = program.graph(tokens, *zero)
+    states = dict(zip((state.name for state in program.states), final, strict=True))
+    _check_cuts(model, tokens, logits, states)
+
+
+def check_cuts(model: SessionModel, tokens: Tensor) -> int:
+    """A built directory against itself: every way of cutting tokens [rows, time] against feeding them whole.
+
+    Returns the number of ways.
+    """
+    return _check_cuts(model, tokens, *_feed(model, tokens, [tokens.shape[1]]))
+
+
+def _check_cuts(model: SessionModel, tokens: Tensor, logits: Tensor, states: dict[str, Tensor]) -> int:
+    ways = [[tokens.shape[1]], *cuts_of(tokens.shape[1])]
+    for cuts in ways:
+        found, finals = _feed(model, tokens, cuts)
+        assert_close(found, logits, ONNX, f"logits fed {_describe(cuts)}")
+        for name, expected in states.items():
+            assert_close(finals[name], expected, ONNX, f"state {name} after feeding {_describe(cuts)}")
+    return len(ways)
+
+
+def _feed(model: SessionModel, tokens: Tensor, cuts: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits [rows, time, vocab] and final states after feeding tokens in pieces of these lengths."""
+    session = model.session(len(tokens))
+    pieces = tokens.split([cut for cut in cuts if cut], dim=1)
+    logits = [torch.from_numpy(np.array(session.prefill(piece.numpy()))) for piece in pieces]
+    states = {name: torch.from_numpy(np.array(value)) for name, value in session.states().items()}
+    return torch.cat(logits, 1), states
+
+
+def fidelity(reference: Model, stages: dict[str, Model], tokens: Tensor) -> list[StageFidelity]:
+    """The reference and every stage on held-out tokens [sequences, time], as they stand in the report."""
+    return [
+        StageFidelity(
+            name=name,
+            tokens=result.tokens,
+            loss=result.loss,
+            kl_mean=max(result.kl_mean, 0.0),
+            top1_agreement=result.top1_agreement,
+            max_logit_difference=result.max_logit_difference,
+        )
+        for name, result in compare(reference, stages, tokens).items()
+    ]

@@ -1,0 +1,46 @@
+"""What every built graph must be, read off the graph itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx
+import onnx_ir as ir
+
+from lhcompile.artifacts import Lowered
+from lhcompile.errors import ParityError
+from lhcompile.verify.model import GraphReport
+
+__all__ = ["check_graphs"]
+
+LATEST_OPSET = 21
+STEP_FORBIDDEN = {"Scan", "Loop", "If", "Range", "Sin", "Cos", "SequenceAt", "SplitToSequence"}
+SHAPING = {"Slice", "Squeeze", "Unsqueeze", "Transpose", "Reshape", "Split"}
+
+
+def check_graphs(lowered: Lowered) -> GraphReport:
+    """Raise ParityError unless both graphs keep the contract; returns the step graph's size in nodes.
+
+    Standard operators of opset ≤ 21 only; in the step graph no control flow and no operator that only rearranges a
+    weight; inputs and outputs in the contract's order.
+    """
+    inputs = ["input_ids", *(state.name for state in lowered.states)]
+    outputs = ["logits", *(state.output for state in lowered.states)]
+    for name, model in (("step", lowered.step), ("prefill", lowered.prefill)):
+        _expect([v.name for v in model.graph.inputs] == inputs, f"{name}: inputs are not in the contract's order")
+        _expect([v.name for v in model.graph.outputs] == outputs, f"{name}: outputs are not in the contract's order")
+        domains = {node.domain or "ai.onnx" for node in model.graph.all_nodes()}
+        _expect(domains == {"ai.onnx"}, f"{name}: operators of {sorted(domains - {'ai.onnx'})}")
+        _expect(model.opset_imports.get("", 0) <= LATEST_OPSET, f"{name}: opset {model.opset_imports.get('')}")
+        onnx.checker.check_model(ir.to_proto(model))
+    counts = Counter(node.op_type for node in lowered.step.graph)
+    _expect(not STEP_FORBIDDEN & set(counts), f"step: holds {sorted(STEP_FORBIDDEN & set(counts))}")
+    for node in lowered.step.graph:
+        folded = node.op_type not in SHAPING or node.inputs[0] is None or not node.inputs[0].is_initializer()
+        _expect(folded, f"step: {node.op_type} {node.name} rearranges a weight at run time")
+    return GraphReport(step_nodes=sum(counts.values()))
+
+
+def _expect(kept: bool, broken: str) -> None:
+    if not kept:
+        raise ParityError(f"the graph does not keep its contract: {broken}")
