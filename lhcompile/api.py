@@ -141,7 +141,7 @@ def verify_directory(
             raise ConfigError("text is for comparing with the source model: name it with --against")
         config = CalibrationConfig(calibration=calibration, tokenizer=tokenizer, sequences=max(2, sequences))
         program = recognize(capture(source))
-        rows = calibrate(config, program, lambda: program).heldout
+        rows = calibrate(config, program, source.parameters, lambda: program).heldout
     cuts = verify.check_cuts(model, rows[:3, : min(160, rows.shape[1])])
     stages = () if source is None else tuple(verify.fidelity(source.module, {"onnx": model}, rows))
     if manifest.fidelity is not None and stages and not np.isfinite(stages[-1].loss or 0.0):

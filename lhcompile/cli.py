@@ -111,7 +111,7 @@ def build(model: Model, **options: Any) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("loss, reference", f"{first.loss:.5f} nats per token, {first.tokens} held-out tokens")
     table.add_row("loss, compiled", f"{last.loss:.5f}  ({report.loss_rise:+.3%})")
-    table.add_row("KL, top-1, worst |Δlogit|", _agreement(last))
+    table.add_row("agreement", _agreement(last))
     if report.order_mean is not None:
         table.add_row("order", f"mean {report.order_mean:.2f}, largest {max(x.order_max for x in report.layers)}")
     table.add_row("state", f"{_bytes(report.state_bytes)} per sequence")
@@ -253,7 +253,8 @@ class _Screen:
 
 
 def _agreement(stage: Any) -> str:
-    return f"{stage.kl_mean:.2e} nats, {stage.top1_agreement:.2%}, {stage.max_logit_difference:.3g}"
+    agreement = f"KL {stage.kl_mean:.2e} nats, top-1 {stage.top1_agreement:.2%}"
+    return f"{agreement}, worst |Δlogit| {stage.max_logit_difference:.3g}"
 
 
 def _bytes(count: int) -> str:

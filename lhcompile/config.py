@@ -50,7 +50,9 @@ class CalibrationConfig(_Config):
     tokenizer: Path | None = Field(
         None, description="tokenizer.json for the text; models of up to 512 tokens read bytes without one."
     )
-    sequences: int = Field(32, ge=2, description="Sequences in each half.")
+    sequences: int | None = Field(
+        None, ge=2, description="Sequences in each half; 32 without this option, fewer for large models."
+    )
     seed: int = Field(0, ge=0, description="Seed for sampled calibration tokens.")
 
 

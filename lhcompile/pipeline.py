@@ -83,7 +83,7 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
         recognized = recognize(captured)
         verify.check_stage(recognized, captured, probe, verify.RECOGNIZED)
     with progress.stage("calibrate"):
-        tokens = calibrate(config.calibration, recognized, lambda: _stand_in(recognized))
+        tokens = calibrate(config.calibration, recognized, loaded.parameters, lambda: _stand_in(recognized))
         few = tokens.heldout[:PARITY_ROWS, :PARITY_TIME]
     with progress.stage("distill") as say:
         distilled = distill(recognized, config.distill, tokens.calibration, say)

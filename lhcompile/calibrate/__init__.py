@@ -22,31 +22,39 @@ __all__ = ["calibrate", "token_limit"]
 
 LENGTH = 1024
 """Longest sequence used: longer contexts are calibrated on their first positions."""
+SEQUENCES = 32
+"""Sequences in each half, unless the model is so large that they would be more than `WORK`."""
+WORK = 4 * 10**11
+"""Tokens times parameters of one pass over half of the tokens, by default: seconds on two cores."""
 BYTE_VOCABULARY = range(256, 513)
 """Vocabulary sizes whose first 256 tokens are taken to be bytes when no tokenizer is given."""
 
 
-def calibrate(config: CalibrationConfig, program: Program, streamed: Callable[[], Program]) -> Tokens:
+def calibrate(
+    config: CalibrationConfig, program: Program, parameters: int, streamed: Callable[[], Program]
+) -> Tokens:
     """Calibration and held-out tokens, each int64 [sequences, time] with time ≤ the context.
 
-    program:  the recognized program, for its context and its number of tokens
-    streamed: gives a streamed program to sample from; called only when there is no file
+    program:    the recognized program, for its context and its number of tokens
+    parameters: of the model, to keep the work of a large one within minutes
+    streamed:   gives a streamed program to sample from; called only when there is no file
 
     Raises ConfigError when the file cannot be read, is too short, or holds token ids the model has not.
     """
     limit = token_limit(program)
     length = min(LENGTH, program.context)
+    count = config.sequences or max(2, min(SEQUENCES, WORK // (parameters * length)))
     if config.calibration is None:
-        rows = _sample(streamed(), 2 * config.sequences, length, limit, config.seed)
-        return Tokens(rows[: config.sequences], rows[config.sequences :], "sampled from the model")
+        rows = _sample(streamed(), 2 * count, length, limit, config.seed)
+        return Tokens(rows[:count], rows[count:], "sampled from the model")
     stream = _read(config.calibration, config.tokenizer, limit)
     length = min(length, len(stream) // 2)
     if length < 8:
         raise ConfigError(f"{config.calibration} holds {len(stream)} tokens; calibration needs at least 16")
     half = len(stream) // 2
     return Tokens(
-        _windows(stream[:half], length, config.sequences),
-        _windows(stream[half:], length, config.sequences),
+        _windows(stream[:half], length, count),
+        _windows(stream[half:], length, count),
         str(config.calibration),
     )
 

@@ -2,9 +2,12 @@
 
 For given poles the residues are a linear least-squares problem, so the error is a function of the poles
 alone,  r(θ) = ½ ‖P⊥(θ) h‖_w²,  P⊥ the projection off the span of the modes. It is lowered from a start by
-damped Gauss–Newton steps (Golub & Pereyra 1973; Kaufman 1975: the Jacobian is −P⊥ ∂y/∂θ with the residues
-held; Levenberg–Marquardt damping), and only by steps that lower it: the result is never worse than its
-start, stable always, and a local optimum at convergence. The Hankel bound applies unchanged.
+damped Gauss–Newton steps on the projected residual (Golub & Pereyra 1973, both terms of its Jacobian:
+
+    J = −P⊥ ∂Φ c − Φ⁺ᵀ (∂Φ)ᵀ P⊥h,    JᵀJ = YᵀP⊥Y + W (ΦᵀΦ)⁻¹ Wᵀ,  Y = ∂Φ c, W = ⟨∂Φ, P⊥h⟩
+
+with Levenberg–Marquardt damping), and only by steps that lower it: the result is never worse than its start,
+stable always, and a local optimum at convergence. The Hankel bound applies unchanged.
 
 *Parameters.* Two poles share a section  y_t = c₁ φ_{t−1} + c₂ φ_{t−2},  φ the impulse response of
 1/(1 − p z⁻¹ + q z⁻²). With q = k₂, p = k₁ (1 + k₂) and k = tanh θ the section is stable for every θ, and a pair
@@ -41,7 +44,7 @@ class _Point:
     """Parameters of a bank and what a step from there needs.
 
     theta: [filters, slots, 2]; cost: [filters] = ‖P⊥ h‖_w²
-    gradient: [filters, order] = −½ ∂cost/∂θ; curvature: [filters, order, order] = YᵀP⊥Y
+    gradient: [filters, order] = −½ ∂cost/∂θ; curvature: [filters, order, order] = JᵀJ
     """
 
     theta: Tensor
@@ -81,7 +84,7 @@ def _refine_part(poles: Tensor, norm: Norm, order: int, steps: int) -> Tensor:
             old, new = getattr(here, name), getattr(there, name)
             setattr(here, name, torch.where(lower.reshape(-1, *[1] * (old.dim() - 1)), new, old))
         best[active] = here.theta
-        going = torch.where(lower, gain > 1e-6, damping < 1e4)
+        going = torch.where(lower, gain > 1e-5, damping < 1e4)
         if not bool(going.any()):
             break
         if int(going.sum()) < 0.8 * len(going):
@@ -158,27 +161,29 @@ def _point(theta: Tensor, norm: Norm, target: Tensor, order: int) -> _Point:
     columns = torch.cat([norm.rows(torch.cat(late, 1)), target.unsqueeze(1)], 1)
     gram = columns @ columns.mT
     c, solve = _residues(gram[:, :order, :order], gram[:, :order, -1])
-    turn = _turn(theta, c, order)
-    slope_modes = turn @ gram[:, 2 * slots : -1, :order]
-    slopes = turn @ gram[:, 2 * slots : -1, 2 * slots : -1] @ turn.mT
-    heard = (c.unsqueeze(1) @ gram[:, :order]).squeeze(1)
-    missed = gram[:, -1] - heard
-    cost = missed[:, -1] - (c * missed[:, :order]).sum(-1)
-    gradient = (turn @ missed[:, 2 * slots : -1].unsqueeze(-1)).squeeze(-1)
-    return _Point(theta, cost, gradient, slopes - slope_modes @ solve(slope_modes.mT))
-
-
-def _turn(theta: Tensor, c: Tensor, order: int) -> Tensor:
-    """∂y/∂θ as combinations of u_{t−1}, u_{t−2}, u_{t−3}: [filters, order, 3·slots]."""
-    slots = theta.shape[1]
+    slopes = slice(2 * slots, -1)
+    missed = gram[:, -1] - (c.unsqueeze(1) @ gram[:, :order]).squeeze(1)  # ⟨column, residual⟩
     c1, c2 = torch.nn.functional.pad(c, (0, order % 2)).unflatten(-1, (2, slots)).unbind(1)
     zero = torch.zeros_like(c1)
-    by_p, by_q = torch.stack([c1, c2, zero], 1), torch.stack([zero, -c1, -c2], 1)
+    turn = _by_theta(theta, torch.stack([c1, c2, zero], 1), torch.stack([zero, -c1, -c2], 1))[:, :order]
+    m1, m2, m3 = missed[:, slopes].unflatten(-1, (3, slots)).unbind(1)
+    bend = _by_theta(theta, torch.stack([m1, m2], 1), torch.stack([-m2, -m3], 1))[:, :order, :order]
+    mixed = turn @ gram[:, slopes, :order]
+    curvature = turn @ gram[:, slopes, slopes] @ turn.mT - mixed @ solve(mixed.mT) + bend @ solve(bend.mT)
+    cost = missed[:, -1] - (c * missed[:, :order]).sum(-1)
+    gradient = (turn @ missed[:, slopes].unsqueeze(-1)).squeeze(-1)
+    return _Point(theta, cost, gradient, curvature)
+
+
+def _by_theta(theta: Tensor, by_p: Tensor, by_q: Tensor) -> Tensor:
+    """Derivatives by θ from those by p and q, laid out by sections.
+
+    by_p, by_q: [filters, kinds, slots] → [filters, 2·slots, kinds·slots], zero between different sections
+    """
     k1, k2 = (x.unsqueeze(1) for x in theta.tanh().unbind(-1))
     by_k1 = (1 + k2) * (1 - k1.square()) * by_p
     by_k2 = (1 - k2.square()) * (k1 * by_p + by_q)
-    turn = torch.diag_embed(torch.stack([by_k1, by_k2], 1))  # [filters, 2, 3, slots, slots]
-    return turn.transpose(2, 3).reshape(len(c), 2 * slots, 3 * slots)[:, :order]
+    return torch.diag_embed(torch.stack([by_k1, by_k2], 1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def _residues(gram: Tensor, moment: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

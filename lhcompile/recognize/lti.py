@@ -90,7 +90,7 @@ def _cut(walk: Walk, node: Node, arg: Node, dim: int, start: int | None, stop: i
     length = window.stop - window.start
     start = _clip(0 if start is None else start, length)
     stop = _clip(length if stop is None else stop, length)
-    if extra and (start, stop) != (0, walk.context):
+    if extra > 0 and (start, stop) != (0, walk.context):
         raise refuse(node, f"cuts positions {start} to {stop} of a signal that is {extra} positions too long")
     if isinstance(value, Plain) and (start, stop) == (0, walk.context):
         return Plain(value.node)
@@ -232,10 +232,11 @@ def _forward(onesided: bool) -> Rule:
         args = _bind(node)
         signal, value = walk.signal(args["self"]), walk.values[args["self"]]
         if isinstance(value, Plain) and value.extra:
-            raise refuse(node, f"transforms a signal {value.extra} positions longer than the sequence: cut it first")
+            longer = f"{abs(value.extra)} positions {'longer' if value.extra > 0 else 'shorter'}"
+            raise refuse(node, f"transforms a signal {longer} than the sequence")
         if signal is None or _axis(args["dim"], _rank(args["self"])) != signal.axis:
             return None
-        if signal.taps is not None or signal.start != 0:
+        if signal.taps is not None or signal.start != 0 or signal.stop < walk.context:
             signal = _whole(walk, args["self"], node)
         size = _sizer(walk, args["n"], args["self"].meta["sizes"][signal.axis])
         length = size(walk.context)

@@ -25,6 +25,7 @@ class Plain:
     """An ordinary tensor of the new graph, over times 0 … t-1.
 
     `extra` positions follow in the old graph that the new one never computes; a later cut removes them there.
+    Where it is negative, that many at the end are not in the old graph; a later shift fills their place.
     """
 
     node: Node

@@ -85,11 +85,11 @@ class Walk:
         value = self.values[node]
         if isinstance(value, Window):
             return value
-        if isinstance(value, Plain) and not value.extra:
+        if isinstance(value, Plain) and value.extra <= 0:
             sizes = tensor_sizes(value.node)
             times = [i for i, size in enumerate(sizes) if size.has_time]
             if len(times) == 1 and sizes[times[0]] == Size(0, 1, 0):
-                return Window(value.node, times[0], 0, self.context)
+                return Window(value.node, times[0], 0, self.context + value.extra)
         return None
 
     def settle(self, node: Node, reader: Node, cut: bool = False) -> Plain:
@@ -100,8 +100,10 @@ class Walk:
         if not isinstance(value, Plain):
             what = "a spectrum" if isinstance(value, (Spectrum, Parts)) else "several tensors"
             raise refuse(reader, f"reads {what} in a way that is not understood")
-        if cut and value.extra:
+        if cut and value.extra > 0:
             raise refuse(reader, f"its input is {value.extra} positions longer than the sequence and never cut")
+        if cut and value.extra < 0:
+            raise refuse(reader, f"its input lacks the last {-value.extra} positions of the sequence")
         return value
 
     def _materialize(self, window: Window, node: Node) -> Plain:
@@ -109,15 +111,13 @@ class Walk:
         if window.start == 0 and window.stop > time and any(size.scale > 1 for size in tensor_sizes(node)):
             origin = window.origin or node
             raise refuse(origin, f"is {length} positions long where the sequence has {time}, and read before a cut")
-        if window.taps is None and window.start == 0 and window.stop >= time:
+        if window.taps is None and window.start == 0:
             return Plain(self.emit.cast(window.source, dtype), window.stop - time)
         node = window.origin or node
         if window.start > 0:
             raise refuse(node, f"looks ahead by {window.start} positions")
         if window.start < 0 and length != time:
             raise refuse(node, f"is {length} positions long where the sequence has {time}, and never cut")
-        if window.stop < time and window.start == 0:
-            raise refuse(node, f"loses {time - window.stop} positions at the end of the sequence")
         reader, self.emit.origin = self.emit.origin, node
         y = self.emit.convolution(window, node, -window.start, self.context)
         self.emit.origin = reader
@@ -131,7 +131,8 @@ class Walk:
         settled = {arg: self.settle(arg, node) for arg in inputs}
         extras = {value.extra for value in settled.values()}
         if len(extras) > 1:
-            raise refuse(node, f"joins signals cut to different lengths ({sorted(extras)} positions too long)")
+            lengths = " and ".join(str(self.context + each) for each in sorted(extras))
+            raise refuse(node, f"joins signals cut to {lengths} positions where the sequence has {self.context}")
         (extra,) = extras
 
         def convert(arg: Node) -> Any:

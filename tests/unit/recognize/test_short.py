@@ -179,6 +179,16 @@ class ShiftByCat(Short):
         return torch.cat([torch.zeros_like(u[:, :2]), u[:, :-2]], dim=1)
 
 
+class ShiftOfWhatWasCutBefore(Short):
+    """Between the cut and the shift stand operators that treat each position on its own."""
+
+    fir = ((WIDTH, 1, 2),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = F.silu(x[:, :-1, :WIDTH] * 2)
+        return torch.cat([u.new_zeros(u.shape[0], 1, WIDTH), u], dim=1)
+
+
 class ShiftByAssignment(Short):
     fir = ((WIDTH, 1, 2),)
 
@@ -229,6 +239,7 @@ SPELLINGS = [
     ShiftByPad,
     ShiftByZeroPad,
     ShiftByCat,
+    ShiftOfWhatWasCutBefore,
     ShiftByAssignment,
     ShiftOfAConvolution,
     HeadsInTheBatch,

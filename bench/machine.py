@@ -1,0 +1,59 @@
+"""What a benchmark ran on, and the physical limits it is held against."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["copy_bandwidth", "describe"]
+
+
+def describe() -> dict[str, object]:
+    """Processor, cores, versions and commit."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("lhcompile", "torch", "onnx", "onnxruntime", "numpy")},
+        "commit": _commit(),
+    }
+
+
+def copy_bandwidth(megabytes: int = 256) -> float:
+    """Bytes per second of a large memory copy, read plus written: the median of seven."""
+    source = np.ones(megabytes << 17)
+    target = np.empty_like(source)
+    times = []
+    for _ in range(7):
+        started = time.perf_counter()
+        np.copyto(target, source)
+        times.append(time.perf_counter() - started)
+    return 2 * source.nbytes / float(np.median(times))
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
