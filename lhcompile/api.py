@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lhcompile import verify
 from lhcompile.artifacts import Program, module_path
 from lhcompile.calibrate import calibrate
 from lhcompile.capture import capture
-from lhcompile.config import CalibrationConfig, LoadConfig, build_config
+from lhcompile.config import CalibrationConfig, LoadConfig, build_config, validated
 from lhcompile.errors import ConfigError, ParityError
 from lhcompile.load import load
 from lhcompile.package import Manifest, verify_files
@@ -78,7 +78,7 @@ def inspect(model: str, **options: Any) -> Inspection | Manifest:
     """
     if (Path(model) / "manifest.json").is_file():
         return verify_files(Path(model))
-    loaded = load(model, **dict(LoadConfig(**options)))
+    loaded = load(model, **dict(validated(LoadConfig, options)))
     program = recognize(capture(loaded))
     return Inspection(
         family=loaded.family,
@@ -95,7 +95,7 @@ def _layers(program: Program) -> Iterator[LayerSummary]:
     for node in program.graph.graph.nodes:
         if node.target in (torch.ops.lhc.fir.default, torch.ops.lhc.long_conv.default):
             weight = getattr(program.graph, str(node.args[1].target))
-            channels = node.args[0].meta["sizes"][1].offset
+            channels = node.args[0].meta["sizes"][2].offset
             kind = "short convolution" if node.target == torch.ops.lhc.fir.default else "long convolution"
             taps = weight.shape[-1]
             yield LayerSummary(module_path(node), kind, weight.shape[0], channels, taps, 4 * channels * (taps - 1))
@@ -119,32 +119,47 @@ def verify_directory(
     calibration: Path | None = None,
     tokenizer: Path | None = None,
     sequences: int = 16,
+    say: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> Verification:
     """Check a built directory: checksums, every way of cutting a sequence, and with `against` the source model.
 
     against: the model it was built from, loaded with `options` (fields of LoadConfig); its logits and loss are
-    compared on `calibration` text, or on random tokens where none is given.
-    Raises PackageError for a damaged directory and ParityError when a gate is not met.
+    compared on `calibration` text, or on random tokens where none is given. say: told what is going on.
+    Raises PackageError for a damaged directory and ParityError when a gate is not met; the logits of a build whose
+    convolutions are all kept must be the source's own.
     """
     path = Path(directory)
+    say("comparing checksums")
     manifest = verify_files(path)
     model = verify.SessionModel(lambda batch: Session.load(path, batch=batch))
     vocabulary, context = manifest.model.vocab_size, manifest.model.context_length
     if vocabulary is None:
         raise ConfigError(f"{directory} is a model of continuous signals; verify takes token models")
-    source = None if against is None else load(against, **dict(LoadConfig(**options)))
+    source = None if against is None else load(against, **dict(validated(LoadConfig, options)))
+    if source is not None and source.parameters != manifest.model.parameters:
+        built = f"{directory} was built from one of {manifest.model.parameters}"
+        raise ConfigError(f"{against} is another model: it has {source.parameters} parameters, {built}")
     if calibration is None:
         rows = torch.randint(0, vocabulary, (sequences, min(256, context)), generator=torch.Generator().manual_seed(0))
     else:
         if source is None:
             raise ConfigError("text is for comparing with the source model: name it with --against")
-        config = CalibrationConfig(calibration=calibration, tokenizer=tokenizer, sequences=max(2, sequences))
+        say("reading the text")
+        values = {"calibration": calibration, "tokenizer": tokenizer, "sequences": sequences}
+        config = validated(CalibrationConfig, values)
         program = recognize(capture(source))
         rows = calibrate(config, program, source.parameters, lambda: program).heldout
-    cuts = verify.check_cuts(model, rows[:3, : min(160, rows.shape[1])])
-    stages = () if source is None else tuple(verify.fidelity(source.module, {"onnx": model}, rows))
-    if manifest.fidelity is not None and stages and not np.isfinite(stages[-1].loss or 0.0):
+    say("feeding the graphs in every cut")
+    few = rows[:3, : min(160, rows.shape[1])]
+    cuts = verify.check_cuts(model, few)
+    if source is None:
+        return Verification(len(manifest.files), cuts)
+    if not manifest.distillation:
+        verify.check_stage(model, source.module, few, verify.ONNX)
+    say(f"measuring on {rows.numel()} tokens")
+    stages = tuple(verify.fidelity(source.module, {"onnx": model}, rows))
+    if not np.isfinite(stages[-1].loss or 0.0):
         raise ParityError("the loss of the built model is not finite")
     return Verification(len(manifest.files), cuts, stages)
 
@@ -160,24 +175,29 @@ def generate(
 ) -> Iterator[str]:
     """Text after a prompt, piece by piece as it is generated, through plain onnxruntime.
 
-    Raises ArgumentError of lhruntime for settings out of range or a model without a tokenizer.
+    A model without a tokenizer takes token ids as its prompt, "1 2 3", and gives ids.
+    Raises at once: ArgumentError of lhruntime for settings out of range, ConfigError for a prompt of no ids.
     """
     path = Path(directory)
     session = Session.load(path)
     encode, stream = _text(path, session)
-    new = session.generate(
-        encode(prompt), max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
-    yield from stream(int(tokens[0]) for tokens in new)
+    new = session.generate(encode(prompt), max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    return stream(int(tokens[0]) for tokens in new)
 
 
-def _text(path: Path, session: Session) -> tuple[Any, Any]:
+Encode = Callable[[str], np.ndarray[Any, np.dtype[np.int64]]]
+Decode = Callable[[Iterable[int]], Iterator[str]]
+
+
+def _text(path: Path, session: Session) -> tuple[Encode, Decode]:
     """(text → ids, ids → pieces of text) for a directory's tokenizer."""
     file = session.manifest.tokenizer.get("file")
+    if session.manifest.tokenizer["kind"] == "none":
+        return _ids, lambda ids: (f" {token}" for token in ids)
     if file is None:
         tokenizer = session.tokenizer
 
-        def pieces(ids: Iterator[int]) -> Iterator[str]:
+        def pieces(ids: Iterable[int]) -> Iterator[str]:
             decoder = tokenizer.stream()
             yield from (decoder.feed(token) for token in ids)
             yield decoder.finish()
@@ -187,17 +207,25 @@ def _text(path: Path, session: Session) -> tuple[Any, Any]:
 
     loaded = Tokenizer.from_file(str(path / file))
 
-    def words(ids: Iterator[int]) -> Iterator[str]:
+    def words(ids: Iterable[int]) -> Iterator[str]:
         seen: list[int] = []
-        shown = ""
+        text = shown = ""
         for token in ids:
             seen.append(token)
             text = loaded.decode(seen)
-            if not text.endswith("�"):
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of a character may follow
                 yield text[len(shown) :]
                 shown = text
+        yield text[len(shown) :]
 
     return (lambda text: np.array(loaded.encode(text).ids, np.int64)), words
+
+
+def _ids(text: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    try:
+        return np.array([int(word) for word in text.split()], np.int64)
+    except (ValueError, OverflowError):
+        raise ConfigError("the model has no tokenizer: give token ids as the prompt, as in --prompt '1 2 3'") from None
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect as python_inspect
+import io
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,13 +20,14 @@ from lhcompile.errors import LhcompileError
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Compile trained long-convolution models into stateful ONNX graphs that run token by token.",
 )
-out = Console()
-err = Console(stderr=True)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+UsageError: Any = typer.BadParameter.__base__  # click's own, or that of the copy of click inside typer
+INTERRUPTED = 130
 
 Model = Annotated[str, typer.Argument(help="Checkpoint file, package.module:factory, or torch.export archive (.pt2).")]
 Directory = Annotated[Path, typer.Argument(help="A built directory.")]
@@ -36,18 +38,32 @@ def main() -> None:
     from lhruntime import LhruntimeError
 
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], prog_name="lhcompile", standalone_mode=False)
     except LhcompileError as error:
         _fail(str(error), error.exit_code)
     except LhruntimeError as error:
         _fail(str(error), 2)
+    except UsageError as error:
+        _fail(_usage(error), 2)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 130)
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        _fail("interrupted" + ("; nothing was written" if sys.argv[1:2] == ["build"] else ""), INTERRUPTED)
 
 
-def _fail(message: str, code: int) -> None:
-    err.print(f"[bold red]error:[/] {_escaped(' '.join(message.split()))}", soft_wrap=True, highlight=False)
+def _usage(error: Any) -> str:
+    """What is wrong with the command line, and where to read what is right."""
+    message = str(error.format_message()).replace("Value error, ", "").removesuffix(".")
+    return f"{message}; see {error.ctx.command_path if error.ctx else 'lhcompile'} --help"
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    err.show_cursor()
+    err.print(f"[bold red]error:[/] {_escaped(' '.join(message.split()))}", soft_wrap=True)
     raise SystemExit(code)
 
 
@@ -102,52 +118,45 @@ def _option(name: str, field: Any) -> python_inspect.Parameter:
 @with_options("load", "calibration", "distill", "lower", "package")
 def build(model: Model, **options: Any) -> None:
     """Compile MODEL into a directory that onnxruntime runs token by token."""
-    from lhcompile import api
-
     command = shlex.join(["lhcompile", *sys.argv[1:]])
     with _Screen() as progress:
+        from lhcompile import api
+
         report = api.build(model, progress, command, **options)
     first, last = report.stages[0], report.stages[-1]
-    table = Table.grid(padding=(0, 2))
-    table.add_row("loss, reference", f"{first.loss:.5f} nats per token, {first.tokens} held-out tokens")
-    table.add_row("loss, compiled", f"{last.loss:.5f}  ({report.loss_rise:+.3%})")
-    table.add_row("agreement", _agreement(last))
+    rows = [
+        ("loss, reference", f"{first.loss:.5f} nats per token, {first.tokens} held-out tokens"),
+        ("loss, compiled", f"{last.loss:.5f}  ({report.loss_rise:+.3%})"),
+        ("agreement", _agreement(last)),
+    ]
     if report.order_mean is not None:
-        table.add_row("order", f"mean {report.order_mean:.2f}, largest {max(x.order_max for x in report.layers)}")
-    table.add_row("state", f"{_bytes(report.state_bytes)} per sequence")
-    if report.graph is not None:
-        table.add_row("step graph", f"{report.graph.step_nodes} nodes, {report.graph.nodes_per_layer:.1f} per layer")
-    table.add_row("files", ", ".join(f"{name} {_bytes(size)}" for name, size in report.files.items()))
-    table.add_row("written to", f"{options['output']}  (report: {options['output'] / 'report.html'})")
-    out.print(table)
+        rows.append(("order", f"mean {report.order_mean:.2f}, largest {max(x.order_max for x in report.layers)}"))
+    rows.append(("state", f"{_bytes(report.state_bytes)} per sequence"))
+    if report.graph is not None and report.graph.nodes_per_layer is not None:
+        rows.append(("step graph", f"{report.graph.step_nodes} nodes, {report.graph.nodes_per_layer:.1f} per layer"))
+    rows.append(("files", _sizes(report.files)))
+    rows.append(("written to", f"{options['output']}  (report: {options['output'] / 'report.html'})"))
+    _print_rows(rows)
 
 
 @app.command()
 @with_options("load")
-def inspect(model: Annotated[str, typer.Argument(help="A built directory or a model.")], **options: Any) -> None:
-    """Say what a built directory holds, or what MODEL is and what each layer will become."""
-    from lhcompile import api
+def inspect(
+    model: Annotated[str, typer.Argument(help="A built directory or a model.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON; of a built directory, its manifest.")] = False,
+    **options: Any,
+) -> None:
+    """Say what a built directory holds, or what MODEL is and which of its operators have memory."""
+    from dataclasses import asdict
 
     with err.status("reading"):
+        from lhcompile import api
+
         found = api.inspect(model, **options)
-    if not isinstance(found, api.Inspection):
-        out.print_json(found.to_json())
-        return
-    sizes = f"{found.parameters:,} parameters, vocabulary {found.vocab_size}, context {found.context_length}"
-    out.print(f"{found.family}: {sizes}")
-    table = Table("module", "kind", "filters", "channels", "taps", "exact state")
-    for layer in found.layers:
-        table.add_row(
-            layer.module,
-            layer.kind,
-            str(layer.filters),
-            str(layer.channels),
-            str(layer.taps),
-            _bytes(layer.exact_bytes),
-        )
-    out.print(table)
-    for note in found.notes:
-        out.print(f"note: {note}")
+    if isinstance(found, api.Inspection):
+        out.print_json(data=asdict(found)) if json else _print_inspection(found)
+    else:
+        out.print_json(found.to_json()) if json else _print_manifest(found)
 
 
 @app.command()
@@ -161,31 +170,45 @@ def verify(
     **options: Any,
 ) -> None:
     """Check a built directory: files, every way of cutting a sequence, and its source with --against."""
-    from lhcompile import api
+    with err.status("loading") as status:
+        from lhcompile import api
 
-    with err.status("verifying"):
-        result = api.verify_directory(directory, against, calibration, tokenizer, sequences, **options)
-    out.print(f"files: {result.files} checksums match")
-    out.print(f"cuts: {result.cuts} ways of feeding a sequence agree, outputs and states")
-    for stage in result.stages:
-        out.print(f"{stage.name}: loss {stage.loss:.5f}, {_agreement(stage)}, {stage.tokens} tokens")
+        result = api.verify_directory(
+            directory, against, calibration, tokenizer, sequences, lambda text: status.update(_escaped(text)), **options
+        )
+    rows = [
+        ("files", f"{result.files} checksums match"),
+        ("cuts", f"{result.cuts} ways of feeding a sequence agree, outputs and states"),
+    ]
+    if result.stages:
+        first, last = result.stages[0], result.stages[-1]
+        rise = f"  ({(last.loss - first.loss) / first.loss:+.3%})" if first.loss and last.loss else ""
+        tokens = f"{first.tokens} {'random ' if calibration is None else ''}tokens"
+        rows += [
+            ("loss, source", f"{first.loss:.5f} nats per token, {tokens}"),
+            ("loss, compiled", f"{last.loss:.5f}{rise}"),
+            ("agreement", _agreement(last)),
+        ]
+    _print_rows(rows)
 
 
 @app.command()
 def generate(
     directory: Directory,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "import ",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="Tokens to generate.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Only the k most likely tokens; 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Only the most likely tokens that hold this much probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
 ) -> None:
     """Continue PROMPT, streaming text as it is generated."""
-    from lhcompile import api
+    with err.status("loading"):
+        from lhcompile import api
 
+        pieces = api.generate(directory, prompt, max_new_tokens, temperature, top_k, top_p, seed)
     print(prompt, end="", flush=True)
-    for piece in api.generate(directory, prompt, max_new_tokens, temperature, top_k, top_p, seed):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 
@@ -202,20 +225,22 @@ def bench(
     """Measure step latency, tokens per second, prefill rate and state size."""
     from dataclasses import asdict
 
-    from lhcompile import api
-
     with err.status("measuring"):
+        from lhcompile import api
+
         result = api.bench(directory, batch, steps, prefill_tokens, threads)
     if json:
         out.print_json(data=asdict(result))
         return
-    table = Table.grid(padding=(0, 2))
-    table.add_row("step", f"{result.step_ms:.3f} ms median, {result.step_ms_p90:.3f} ms 90th percentile")
-    table.add_row("decode", f"{result.tokens_per_second:,.0f} tokens/s at batch {batch}")
-    table.add_row("prefill", f"{result.prefill_tokens_per_second:,.0f} tokens/s ({prefill_tokens} tokens at once)")
-    table.add_row("state", f"{_bytes(result.state_bytes)} per sequence")
-    table.add_row("files", ", ".join(f"{name} {_bytes(size)}" for name, size in result.file_bytes.items()))
-    out.print(table)
+    _print_rows(
+        [
+            ("step", f"{result.step_ms:.3f} ms median, {result.step_ms_p90:.3f} ms 90th percentile"),
+            ("decode", f"{result.tokens_per_second:,.0f} tokens/s at batch {batch}"),
+            ("prefill", f"{result.prefill_tokens_per_second:,.0f} tokens/s ({prefill_tokens} tokens at once)"),
+            ("state", f"{_bytes(result.state_bytes)} per sequence"),
+            ("files", _sizes(result.file_bytes)),
+        ]
+    )
 
 
 # ---- what the screen shows -----------------------------------------------------------------------------------------
@@ -225,11 +250,11 @@ class _Screen:
     """A line per finished stage with its time, a spinner and the latest remark for the running one."""
 
     def __enter__(self) -> Any:
+        self._status = err.status("starting")
+        self._status.start()
         from lhcompile.pipeline import Progress
 
-        self._status = err.status("starting")
         self._progress = Progress(self._on_stage, self._on_remark)
-        self._status.start()
         self._current: str | None = None
         return self._progress
 
@@ -250,6 +275,56 @@ class _Screen:
         if self._current is not None:
             seconds = self._progress.timings.get(self._current, 0.0)
             err.print(f"[green]✓[/] {self._current:<10} {seconds:6.1f} s", highlight=False)
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    """Name and text, one a line; long lines are the terminal's to wrap, so that paths can be copied."""
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        out.print(f"{name:<{width}}  {text}", soft_wrap=True, markup=False)
+
+
+def _print_inspection(found: Any) -> None:
+    sizes = f"{found.parameters:,} parameters, vocabulary {found.vocab_size}, context {found.context_length}"
+    _print_rows([("model", f"{found.family}, {sizes}"), *(("note", note) for note in found.notes)])
+    table = _table("module", "kind", "filters", "channels", "taps", "state if exact")
+    for x in found.layers:
+        numbers = [str(n) for n in (x.filters, x.channels, x.taps)]
+        table.add_row(x.module, x.kind.removesuffix(" convolution"), *numbers, _bytes(x.exact_bytes))
+    out.print(table)
+
+
+def _print_manifest(found: Any) -> None:
+    model, graphs = found.model, {name: entry.bytes for name, entry in found.files.items()}
+    rows = [
+        ("model", f"{model.family}, {model.parameters:,} parameters, context {model.context_length}"),
+        ("target", f"{found.target}, built by lhcompile {found.lhcompile_version}"),
+        ("states", str(len(found.states))),
+        ("files", f"{_sizes(graphs)}; checksums match"),
+    ]
+    if hasattr(found.fidelity, "loss_compiled"):
+        loss = f"{found.fidelity.loss_compiled:.5f} nats per token, of the source {found.fidelity.loss_reference:.5f}"
+        rows.insert(2, ("loss", f"{loss}, {found.fidelity.tokens} held-out tokens"))
+    _print_rows(rows)
+    if found.distillation:
+        table = _table("module", "method", "filters", "mean order", "tap error")
+        for x in found.distillation:
+            table.add_row(x.module, x.method, str(x.filters), f"{x.order_mean:.2f}", f"{x.tap_error:.3g}")
+        out.print(table)
+
+
+def _table(first: str, second: str, *numbers: str) -> Table:
+    """A table whose first two columns are text; long module paths are folded, not cut."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    table.add_column(first, overflow="fold")
+    table.add_column(second)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _sizes(files: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {_bytes(size)}" for name, size in files.items())
 
 
 def _agreement(stage: Any) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,10 +20,14 @@ __all__ = [
     "PackageConfig",
     "Target",
     "build_config",
+    "validated",
 ]
 
 Target = Literal["portable", "cpu"]
 Method = Literal["hankel", "varpro"]
+
+
+Config = TypeVar("Config", bound="_Config")
 
 
 class _Config(BaseModel):
@@ -62,6 +67,7 @@ class DistillConfig(_Config):
     budget: float | None = Field(
         None,
         gt=0,
+        allow_inf_nan=False,
         description="Allowed relative rise of the loss on calibration tokens; 0.001 without order or exact.",
     )
     order: int | None = Field(None, ge=1, le=512, description="The same order for every filter, whatever the loss.")
@@ -124,8 +130,13 @@ def build_config(**values: object) -> BuildConfig:
         if not homes:
             raise ConfigError(f"there is no option {name!r}")
         sections.setdefault(homes[0], {})[name] = value
+    return validated(BuildConfig, sections)
+
+
+def validated(config: type[Config], values: Mapping[str, object]) -> Config:
+    """A config from its fields' values. Raises ConfigError, one line, for a value its field refuses."""
     try:
-        return BuildConfig.model_validate(sections)
+        return config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = str(first["loc"][-1]).replace("_", "-") if first["loc"] else ""

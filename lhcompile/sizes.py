@@ -60,19 +60,20 @@ TIME = Size(0, 1, 0)
 def solve(first: int, second: int, at_first: Point, at_second: Point) -> Size | None:
     """The size law through two observations, or None when none of the form fits.
 
-    Constant before batch before time before both, so the simplest law wins.
+    Constant before batch before time, so the simplest law wins. Numbers that grow with batch · time may also lie on
+    a line in time alone; the line with the smaller offset is meant.
     """
     if first == second:
         return Size(0, 0, first)
     if first * at_second.batch == second * at_first.batch and first % at_first.batch == 0:
         return Size(1, 0, first // at_first.batch)
-    affine = _affine(first, second, at_first.time, at_second.time)
-    if affine is not None:
-        return Size(0, *affine)
-    if first % at_first.batch or second % at_second.batch:
-        return None
-    affine = _affine(first // at_first.batch, second // at_second.batch, at_first.time, at_second.time)
-    return None if affine is None else Size(1, *affine)
+    laws = []
+    for power in (0, 1):
+        (mine, rest), (theirs, more) = divmod(first, at_first.batch**power), divmod(second, at_second.batch**power)
+        affine = _affine(mine, theirs, at_first.time, at_second.time)
+        if not (rest or more) and affine is not None:
+            laws.append(Size(power, *affine))
+    return min(laws, key=lambda law: abs(law.offset), default=None)
 
 
 def _affine(first: int, second: int, time_first: int, time_second: int) -> tuple[int, int] | None:

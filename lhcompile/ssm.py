@@ -9,13 +9,14 @@ The spectrum is closed under conjugation and stored in *slots* of two poles: eit
 (λ, λ̄) with residues (R, R̄), or two real poles. Hence h is real without taking real parts, and the order
 counts real state dimensions: 1 for a real pole, 2 for a conjugate pair.
 
-The recurrence runs in real numbers. A slot holds two real states s with
+The recurrence runs in real numbers, on `order` real states a filter, rows n and n + order/2 being a slot:
 
-    s_t = A s_{t-1} + (1, 1)ᵀ u_t,    y_t = Σ_slots c·s_t + D u_t
+    s_t = own ∘ s_{t-1} + other ∘ swap(s_{t-1}) + u_t,    y_t = Σ_rows readout ∘ s_t + D u_t
 
-where a real slot has A = diag(λ₁, λ₂), c = (R₁, R₂). For a conjugate pair λ = a + ib the complex state
-z = (1 + i) x is driven by (1 + i) u, so A = [[a, −b], [b, a]] and, because y = 2 Re(R/(1+i) · z),
-c = (2 Re Q, −2 Im Q) with Q = R/(1+i). Driving both rows alike costs no input table.
+where swap exchanges the two rows of every slot. Two real poles have own = (λ₁, λ₂), other = 0, readout = (R₁, R₂).
+For a pair λ = a + ib the complex state z = (1 + i) x is driven by (1 + i) u, so both rows hear u alike:
+own = (a, a), other = (−b, b), and because y = 2 Re(Q z) with Q = R/(1+i), readout = (2 Re Q, −2 Im Q).
+Every operation is elementwise along the filters, which lie innermost in memory.
 """
 
 from __future__ import annotations
@@ -25,19 +26,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ModalSSM", "RealModal", "block_powers"]
+__all__ = ["ModalSSM", "RealModal", "real_powers", "swap"]
 
 
 @dataclass(frozen=True)
 class RealModal:
-    """A bank of modal systems in real block form.
+    """A bank of modal systems in real form.
 
-    transition: [filters, 2, 2, slots]  A[row, column] of each slot
-    readout:    [filters, 2, slots]     c of each slot
-    direct:     [filters]               D
+    own, other, readout: [order, filters], order even; direct: [filters]
     """
 
-    transition: Tensor
+    own: Tensor
+    other: Tensor
     readout: Tensor
     direct: Tensor
 
@@ -83,28 +83,20 @@ class ModalSSM:
         return taps
 
     def real(self) -> RealModal:
-        """The real block form; see the module's text."""
-        poles = self.poles.to(torch.complex128).unflatten(-1, (-1, 2))  # [F, N, 2]
-        residues = self.residues.to(torch.complex128).unflatten(-1, (-1, 2))
-        pair = poles[..., 0].imag != 0
-        first, second = poles[..., 0], poles[..., 1]
-        zero = torch.zeros_like(first.real)
-        transition = torch.stack(
-            [
-                torch.stack([first.real, torch.where(pair, -first.imag, zero)], -2),
-                torch.stack([torch.where(pair, first.imag, zero), torch.where(pair, first.real, second.real)], -2),
-            ],
-            -3,
+        """The real form, float64; see the module's text."""
+        poles = self.poles.to(torch.complex128).T.unflatten(0, (-1, 2))  # [slots, 2, filters]
+        residues = self.residues.to(torch.complex128).T.unflatten(0, (-1, 2))
+        (first, second), (one, two) = poles.unbind(1), residues.unbind(1)
+        pair = first.imag != 0
+        turned = one / (1 + 1j)
+        return RealModal(
+            own=torch.cat([first.real, torch.where(pair, first.real, second.real)]),
+            other=torch.cat([torch.where(pair, -first.imag, 0.0), torch.where(pair, first.imag, 0.0)]),
+            readout=torch.cat(
+                [torch.where(pair, 2 * turned.real, one.real), torch.where(pair, -2 * turned.imag, two.real)]
+            ),
+            direct=self.direct.to(torch.float64),
         )
-        rotated = residues[..., 0] / (1 + 1j)
-        readout = torch.stack(
-            [
-                torch.where(pair, 2 * rotated.real, residues[..., 0].real),
-                torch.where(pair, -2 * rotated.imag, residues[..., 1].real),
-            ],
-            -2,
-        )
-        return RealModal(transition, readout, self.direct.to(torch.float64))
 
 
 def _vandermonde(poles: Tensor, length: int) -> Tensor:
@@ -114,15 +106,21 @@ def _vandermonde(poles: Tensor, length: int) -> Tensor:
     return torch.polar(magnitude, poles.angle().unsqueeze(-1) * time)
 
 
-def block_powers(transition: Tensor, count: int) -> Tensor:
-    """A^0 … A^count of each 2×2 block, by doubling, in the dtype given.
+def swap(x: Tensor, axis: int = 0) -> Tensor:
+    """Exchange the two rows of every slot along the order axis."""
+    return x.roll(x.shape[axis] // 2, axis)
 
-    transition: [filters, 2, 2, slots] → [count + 1, filters, 2, 2, slots]
+
+def real_powers(own: Tensor, other: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """A^0 … A^count in the form (own, other), each [order, filters] → [count + 1, order, filters], by doubling.
+
+    A s = own ∘ s + other ∘ swap(s), so the product of (p, q) and (p', q') is
+    (p ∘ p' + q ∘ swap(q'), p ∘ q' + q ∘ swap(p')).
     """
-    powers = torch.eye(2, dtype=transition.dtype, device=transition.device)[None, None, :, :, None]
-    powers = powers.expand(1, *transition.shape)
-    leap = transition  # A^len(powers)
-    while len(powers) <= count:
-        powers = torch.cat([powers, torch.einsum("fijn,tfjkn->tfikn", leap, powers)])
-        leap = torch.einsum("fijn,fjkn->fikn", leap, leap)
-    return powers[: count + 1]
+    owns, others = torch.ones_like(own)[None], torch.zeros_like(other)[None]
+    p, q = own, other  # A^len(owns)
+    while len(owns) <= count:
+        more = p * owns + q * swap(others, 1), p * others + q * swap(owns, 1)
+        owns, others = torch.cat([owns, more[0]]), torch.cat([others, more[1]])
+        p, q = p * p + q * swap(q), p * q + q * swap(p)
+    return owns[: count + 1], others[: count + 1]

@@ -190,7 +190,7 @@ def with_modal(program: Program, slots: int = 3) -> Program:
         u, taps, state, inner = node.args
         system = random_modal(getattr(module, taps.target).shape[0], slots, generator).real()
         weights = []
-        for name in ("transition", "readout", "direct"):
+        for name in ("own", "other", "readout", "direct"):
             module.register_buffer(f"{node.name}_{name}", getattr(system, name).float())
             with module.graph.inserting_before(node):
                 weights.append(module.graph.get_attr(f"{node.name}_{name}"))

@@ -5,7 +5,7 @@ calibration tokens: what a filter never hears costs nothing. The order is given,
 tokens stays within the budget.
 
     before                                      after
-    y, s = lhc.long_conv(u, taps, None, R)      y, s = lhc.modal_ssm(u, A, c, D, None, R)
+    y, s = lhc.long_conv(u, taps, None, R)      y, s = lhc.modal_ssm(u, …, None, R)
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ class _Ear(Interpreter):
     def run_node(self, n: Node) -> object:
         if n in self.power:
             u, taps, _, inner = cast(tuple[Tensor, Tensor, None, int], self.fetch_args_kwargs_from_env(n)[0])
-            spectrum = torch.fft.rfft(u, n=2 * self.length).abs().square()
-            grouped = spectrum.unflatten(1, (-1, taps.shape[0], inner))
-            self.power[n] = self.power[n] + grouped.double().mean(dim=(0, 1, 3))
+            spectrum = torch.fft.rfft(u, n=2 * self.length, dim=1).abs().square()  # [batch, bins, channels]
+            grouped = spectrum.unflatten(2, (-1, taps.shape[0], inner))
+            self.power[n] = self.power[n] + grouped.double().mean(dim=(0, 2, 4)).T
         return super().run_node(n)
 
 
@@ -167,7 +167,7 @@ def _replaced(
         real = part.system.real()
         weights = []
         with module.graph.inserting_before(node):
-            for name in ("transition", "readout", "direct"):
+            for name in ("own", "other", "readout", "direct"):
                 module.register_buffer(f"{name}_{index}", getattr(real, name).float())
                 weights.append(module.graph.get_attr(f"{name}_{index}"))
         layers.append(_layer(program.graph, nodes[index], part))
@@ -199,7 +199,7 @@ def _kept(module: GraphModule, node: Node) -> DistilledLayer:
 
 
 def _channels(node: Node) -> int:
-    return int(node.args[0].meta["sizes"][1].offset)  # type: ignore[union-attr]
+    return int(node.args[0].meta["sizes"][2].offset)  # type: ignore[union-attr]
 
 
 def _copy(module: GraphModule) -> GraphModule:

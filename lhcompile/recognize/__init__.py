@@ -17,6 +17,7 @@ What is not understood stops here with module path, operator and source line.
 from __future__ import annotations
 
 from lhcompile.artifacts import Program
+from lhcompile.recognize.layout import sink_permutes
 from lhcompile.recognize.skip import absorb_skips
 from lhcompile.recognize.walk import Walk
 
@@ -27,4 +28,5 @@ def recognize(program: Program) -> Program:
     """Name every convolution of a captured program; RecognizeError at the first operator not understood."""
     graph = Walk(program.graph, program.context).run()
     absorb_skips(graph)
+    sink_permutes(graph)
     return Program(graph=graph, context=program.context)

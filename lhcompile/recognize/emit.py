@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,55 +103,66 @@ class Emitter:
 
         A single tap remembers nothing, so it becomes the ordinary operator that it is.
         """
-        window = replace(window, source=self.cast(window.source, torch.float32))
+        sizes = tensor_sizes(window.source)
+        batch, _ = axes_of(sizes, node)
+        merged = sizes[batch].offset  # channels that share an axis with batch
+        source = self.cast(window.source, torch.float32)
+        if merged > 1:
+            source = self.reshape(source, (*sizes[:batch], BATCH, Size(0, 0, merged), *sizes[batch + 1 :]))
+        axis = window.axis + (merged > 1 and window.axis > batch)
         if isinstance(window.taps, LongTaps):
-            return self._long(window, causal_taps(window.taps, window.axis, node, context), node, delay)
-        return self._fir(window, node, delay)
-
-    def _fir(self, window: Window, node: Node, delay: int) -> Node:
-        source, sizes = window.source, tensor_sizes(window.source)
-        batch, time = axes_of(sizes, node)
-        order, channels, groups_of_batch = _layout(sizes, batch, time)
-        taps = window.taps
-        if taps is None:
-            count = math.prod(size.offset for size in channels) * groups_of_batch
-            taps = FirTaps(torch.ones(count, 1, 1), None, count)
-            outs = channels
+            taps = causal_taps(window.taps, window.axis, node, context)
+            if taps.shape[batch] != 1:
+                raise refuse(node, "its filter differs between rows of the batch")
+            y = self._long(source, axis, taps.unsqueeze(batch) if merged > 1 else taps, node, delay)
         else:
-            assert isinstance(taps, FirTaps)
-            weight = taps.weight.repeat(groups_of_batch, 1, 1)
-            bias = None if taps.bias is None else taps.bias.repeat(groups_of_batch)
-            outs = [Size(0, 0, taps.weight.shape[0])]
-            taps = FirTaps(weight, bias, taps.groups * groups_of_batch)
-        weight = torch.nn.functional.pad(taps.weight, (0, delay)).float()
-        flat = Size(0, 0, math.prod(size.offset for size in channels) * groups_of_batch)
-        u = self.reshape(self.permute(source, order), (BATCH, flat, TIME))
-        bias_node = None if taps.bias is None else self.constant(taps.bias.float(), "bias")
-        operands = (u, self.constant(weight, "weight"), bias_node)
-        out = (BATCH, Size(0, 0, weight.shape[0]), TIME)
-        if weight.shape[-1] == 1:
-            y = self.call(aten.conv1d.default, (*operands, [1], [0], [1], taps.groups), out)
-        else:
-            y = self.item(self.call(torch.ops.lhc.fir.default, (*operands, None, taps.groups), None), out)
-        return self._back(y, [sizes[batch], *outs, TIME], order)
+            y = self._fir(source, window.taps, node, delay)
+        if merged == 1:
+            return y
+        out = tensor_sizes(y)
+        return self.reshape(y, (*out[:batch], Size(1, 0, merged), *out[batch + 2 :]))
 
-    def _long(self, window: Window, taps: Tensor, node: Node, delay: int) -> Node:
-        """taps: aligned with the source's axes, lag along window.axis."""
-        source = self._expand(window.source, taps, window.axis)
+    def _fir(self, source: Node, taps: FirTaps | None, node: Node, delay: int) -> Node:
+        """source: [batch, groups…, channels, time] in any order, the weight repeated for each group; without taps a
+        mere delay of every channel."""
         sizes = tensor_sizes(source)
-        batch, time = axes_of(sizes, node)
-        if taps.shape[batch] != 1:
-            raise refuse(node, "its filter differs between rows of the batch")
-        if taps.shape[window.axis] == 1 and not delay:
+        order, channels = _layout(sizes, *axes_of(sizes, node))
+        flat = Size(0, 0, math.prod(size.offset for size in channels))
+        outs = channels
+        if taps is None:
+            taps = FirTaps(torch.ones(flat.offset, 1, 1), None, flat.offset)
+        else:
+            repeats = math.prod(size.offset for size in channels[:-1])
+            outs = [*channels[:-1], Size(0, 0, taps.weight.shape[0])]
+            bias = None if taps.bias is None else taps.bias.repeat(repeats)
+            taps = FirTaps(taps.weight.repeat(repeats, 1, 1), bias, taps.groups * repeats)
+        weight = torch.nn.functional.pad(taps.weight, (0, delay)).float()
+        u = self.reshape(self.permute(source, order), (BATCH, TIME, flat))
+        bias_node = None if taps.bias is None else self.constant(taps.bias.float(), "bias")
+        operands = self.constant(weight, "weight"), bias_node
+        out = (BATCH, TIME, Size(0, 0, weight.shape[0]))
+        if weight.shape[-1] == 1:
+            args = (self.permute(u, [0, 2, 1]), *operands, [1], [0], [1], taps.groups)
+            y = self.permute(self.call(aten.conv1d.default, args, (out[0], out[2], out[1])), [0, 2, 1])
+        else:
+            y = self.item(self.call(torch.ops.lhc.fir.default, (u, *operands, None, taps.groups), None), out)
+        return self._back(y, [BATCH, TIME, *outs], order)
+
+    def _long(self, source: Node, axis: int, taps: Tensor, node: Node, delay: int) -> Node:
+        """taps: aligned with the source's axes, lag along `axis`."""
+        source = self._expand(source, taps, axis)
+        sizes = tensor_sizes(source)
+        if taps.shape[axis] == 1 and not delay:
             return self.call(aten.mul.Tensor, (source, self.constant(taps.float(), "tap")), sizes)
-        order, channels, groups_of_batch = _layout(sizes, batch, time)
-        taps = torch.nn.functional.pad(taps.permute(order)[0], (delay, 0))  # [*channels, lag]
+        order, channels = _layout(sizes, *axes_of(sizes, node))
+        lag_last = [order[0], *order[2:], axis]
+        taps = torch.nn.functional.pad(taps.permute(lag_last)[0], (delay, 0))  # [*channels, lag]
         filters, inner = _shared(taps, [size.offset for size in channels])
-        flat = Size(0, 0, math.prod(size.offset for size in channels) * groups_of_batch)
-        u = self.reshape(self.permute(source, order), (BATCH, flat, TIME))
+        flat = Size(0, 0, math.prod(size.offset for size in channels))
+        u = self.reshape(self.permute(source, order), (BATCH, TIME, flat))
         args = (u, self.constant(filters, "taps"), None, inner)
-        y = self.item(self.call(torch.ops.lhc.long_conv.default, args, None), (BATCH, flat, TIME))
-        return self._back(y, [sizes[batch], *channels, TIME], order)
+        y = self.item(self.call(torch.ops.lhc.long_conv.default, args, None), (BATCH, TIME, flat))
+        return self._back(y, [BATCH, TIME, *channels], order)
 
     def _back(self, y: Node, sizes: list[Size], order: list[int]) -> Node:
         y = self.reshape(y, tuple(sizes))
@@ -176,10 +186,10 @@ def dtype_of(new: Node) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _layout(sizes: tuple[Size, ...], batch: int, time: int) -> tuple[list[int], list[Size], int]:
-    """Axis order [batch, channels…, time], the channel sizes, and how many channels are merged into batch."""
+def _layout(sizes: tuple[Size, ...], batch: int, time: int) -> tuple[list[int], list[Size]]:
+    """Axis order [batch, time, channels…] and the channel sizes."""
     middle = [i for i in range(len(sizes)) if i not in (batch, time)]
-    return [batch, *middle, time], [sizes[i] for i in middle], sizes[batch].offset
+    return [batch, time, *middle], [sizes[i] for i in middle]
 
 
 def _shared(taps: Tensor, channels: list[int]) -> tuple[Tensor, int]:

@@ -23,7 +23,7 @@ from lhcompile.artifacts import Program, State, module_path
 __all__ = ["streamify"]
 
 lhc = torch.ops.lhc
-_STATE_ARGUMENT = {lhc.fir.default: 3, lhc.long_conv.default: 2, lhc.modal_ssm.default: 4}
+_STATE_ARGUMENT = {lhc.fir.default: 3, lhc.long_conv.default: 2, lhc.modal_ssm.default: 5}
 _KIND = {lhc.fir.default: "fir", lhc.long_conv.default: "long_conv", lhc.modal_ssm.default: "modal"}
 _LAYER_STATE = {"fir": "conv_state", "modal": "recurrent_state"}
 
@@ -84,8 +84,8 @@ def _shape(module: GraphModule, node: Node) -> tuple[int, ...]:
     if node.target == lhc.fir.default:
         groups = node.args[4]
         assert isinstance(groups, int)
-        return (weight.shape[1] * groups, weight.shape[2] - 1)
-    channels = node.args[0].meta["sizes"][1].offset  # type: ignore[union-attr]
+        return (weight.shape[2] - 1, weight.shape[1] * groups)
+    channels = node.args[0].meta["sizes"][2].offset  # type: ignore[union-attr]
     if node.target == lhc.long_conv.default:
-        return (channels, weight.shape[-1] - 1)
-    return (channels, 2, weight.shape[-1])
+        return (weight.shape[-1] - 1, channels)
+    return (weight.shape[0], channels)

@@ -23,7 +23,7 @@ def long_convs(program: Program) -> list[tuple[int, int, int]]:
     for node in program.graph.graph.nodes:
         if node.target == torch.ops.lhc.long_conv.default:
             u, taps, _, inner = node.args
-            found.append((u.meta["sizes"][1].offset, getattr(program.graph, taps.target).shape[0], inner))
+            found.append((u.meta["sizes"][2].offset, getattr(program.graph, taps.target).shape[0], inner))
     return found
 
 

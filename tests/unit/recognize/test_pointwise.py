@@ -147,3 +147,10 @@ def test_the_verdict_does_not_depend_on_the_random_state() -> None:
     torch.manual_seed(2)
     second = recognize(captured[1])
     assert first.graph.code == second.graph.code
+
+
+@pytest.mark.parametrize("context", [31, 32, 33, 64])
+def test_batch_and_time_merged_at_any_context(context: int) -> None:
+    """At a third of all contexts the merged size also lies on a line in time alone."""
+    loaded = tiny(BatchAndTimeMerged, context=context)
+    assert_same_model(recognize(capture(loaded)), loaded.module)
