@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from lhcompile.distill.norm import Norm, fast_size
-from lhcompile.distill.spectrum import chunks, pack, radius_limit, stabilise
+from lhcompile.distill.parts import in_parts
+from lhcompile.distill.spectrum import pack, radius_limit, stabilise
 
 __all__ = ["EARLY", "EVEN", "LEVEL", "HankelFactors", "Window", "factor", "order_limit"]
 
@@ -123,9 +124,8 @@ class HankelFactors:
 
 def factor(norm: Norm, rank: int, window: Window = EVEN) -> HankelFactors:
     """Factors of rank min(rank, order_limit) for the taps and weights of a norm, in parts of bounded memory."""
-    parts = []
-    for part in chunks(norm.taps.shape[0], 8 * 12 * norm.length * (_columns(rank) + 8)):
-        parts.append(_factor_part(norm[part], rank, window))
+    bytes_each = 8 * 4 * norm.length * (_columns(rank) + 8)
+    parts = in_parts(lambda part: _factor_part(norm[part], rank, window), norm.taps, bytes_each)
     shift, last, values, energy, beyond, floor = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     return HankelFactors(shift, last, values, energy, beyond, floor, norm.length)
 

@@ -82,7 +82,7 @@ def tap_norm(taps: Tensor, weights: Tensor | None) -> Norm:
         raise DistillError(
             f"weights {tuple(weights.shape)} are not a power spectrum [filters, bins] for taps {tuple(taps.shape)}"
         )
-    weights = weights.to(taps).expand(taps.shape[0], -1)
+    weights = weights.detach().to(taps).expand(taps.shape[0], -1)
     wrong = ~(torch.isfinite(weights) & (weights >= 0)).all(-1)
     if bool(wrong.any()):
         index = int(wrong.nonzero()[0])

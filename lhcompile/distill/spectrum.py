@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lhcompile.distill.norm import Norm
+from lhcompile.distill.parts import in_parts
 from lhcompile.ssm import ModalSSM
 
-__all__ = ["chunks", "fit_residues", "least_squares", "pack", "powers", "radius_limit", "stabilise"]
+__all__ = ["fit_residues", "least_squares", "pack", "powers", "radius_limit", "stabilise"]
 
 _SAFE_CUTOFF, _SHARP_CUTOFF = 1e-9, 1e-13  # see least_squares
-_CHUNK_BYTES = 1 << 28
 
 
 def radius_limit(length: int) -> float:
@@ -126,13 +126,10 @@ def fit_residues(poles: Tensor, norm: Norm) -> tuple[ModalSSM, Tensor]:
     The minimum is global: the problem is linear. A pole the fit has no use for becomes an unused entry.
     Taken in parts of bounded memory.
     """
-    systems, errors = [], []
-    for part in chunks(poles.shape[0], 8 * 6 * norm.length * (poles.shape[1] + 2)):
-        system, error = _fit_part(poles[part], norm[part])
-        systems.append(system)
-        errors.append(error)
-    fields = [torch.cat([getattr(s, name) for s in systems]) for name in ("poles", "residues", "direct")]
-    return ModalSSM(*fields), torch.cat(errors)
+    bytes_each = 8 * 6 * norm.length * (poles.shape[1] + 2)
+    parts = in_parts(lambda part: _fit_part(poles[part], norm[part]), norm.taps, bytes_each)
+    fields = [torch.cat([getattr(system, name) for system, _ in parts]) for name in ("poles", "residues", "direct")]
+    return ModalSSM(*fields), torch.cat([error for _, error in parts])
 
 
 def _fit_part(poles: Tensor, norm: Norm) -> tuple[ModalSSM, Tensor]:
@@ -153,9 +150,3 @@ def _fit_part(poles: Tensor, norm: Norm) -> tuple[ModalSSM, Tensor]:
     error[:, 0] -= direct
     used = torch.where(residues != 0, poles, torch.zeros_like(poles))
     return ModalSSM(used, residues, direct), norm.relative(error)
-
-
-def chunks(filters: int, bytes_each: int) -> list[slice]:
-    """Parts of the filters whose working memory stays near 256 MiB."""
-    step = max(1, _CHUNK_BYTES // max(1, bytes_each))
-    return [slice(start, min(start + step, filters)) for start in range(0, max(filters, 1), step)]

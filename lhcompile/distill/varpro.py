@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from lhcompile.distill.norm import Norm
-from lhcompile.distill.spectrum import chunks, radius_limit, stabilise
+from lhcompile.distill.parts import in_parts
+from lhcompile.distill.spectrum import radius_limit, stabilise
 
 __all__ = ["refine"]
 
@@ -63,8 +64,8 @@ def refine(poles: Tensor, norm: Norm, order: int, steps: int = _STEPS) -> Tensor
     """
     if order == 0 or norm.length < 3:
         return poles
-    parts = chunks(poles.shape[0], 8 * 40 * norm.length * (order + 1))
-    refined = [_refine_part(poles[part], norm[part], order, steps) for part in parts]
+    bytes_each = 8 * 10 * norm.length * (order + 1)
+    refined = in_parts(lambda part: _refine_part(poles[part], norm[part], order, steps), norm.taps, bytes_each)
     return stabilise(torch.cat(refined), radius_limit(norm.length))
 
 

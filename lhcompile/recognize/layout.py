@@ -107,6 +107,8 @@ def _pointwise(module: GraphModule, node: Node) -> Node | None:
     order = orders[0] if orders else None
     if order is None or any(other != order for other in orders) or not isinstance(node.meta["sizes"], tuple):
         return None
+    if len(node.meta["sizes"]) != len(order):
+        return None  # a constant adds axes
     graph = module.graph
 
     def source(arg: Node) -> Node:

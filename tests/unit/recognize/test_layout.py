@@ -45,7 +45,7 @@ def test_a_hyena_layer_turns_nothing_over() -> None:
 
 class ConstantsOfEveryRank(Mixer):
     def forward(self, x: Tensor) -> Tensor:
-        u = x[..., :WIDTH].mT
+        u = x[..., :WIDTH].transpose(1, 2)
         u = u * self.direct[:, None] + 2.0
         u = u - self.direct[None, :, None].exp()
         u = u * self.direct[0]
@@ -56,8 +56,8 @@ class ConstantOfHigherRank(Mixer):
     """The constant gives the product an axis that the signal does not have."""
 
     def forward(self, x: Tensor) -> Tensor:
-        u = x[..., :WIDTH].mT * self.direct.view(1, 1, WIDTH, 1)
-        return u[0].mT
+        u = x[..., :WIDTH].transpose(1, 2) * self.direct.view(1, 1, WIDTH, 1)
+        return u[0].transpose(1, 2)
 
 
 class DifferentOrders(Mixer):
@@ -72,7 +72,7 @@ class UsedTwice(Mixer):
     """A permuted tensor that is also read as it is, and two splits of it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        p = x.mT
+        p = x.transpose(1, 2)
         a, b, c = p.split(WIDTH, dim=1)
         d, e = p.chunk(2, dim=1)
         f = p.split([WIDTH, 2 * WIDTH], dim=-2)[0]
@@ -83,7 +83,7 @@ class Softmax(Mixer):
     """Not elementwise: it names the axis it runs along."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x[..., :WIDTH].mT * 2).softmax(1).mT
+        return (x[..., :WIDTH].transpose(1, 2) * 2).softmax(1).transpose(1, 2)
 
 
 class BroadcastAxes(Mixer):
@@ -94,7 +94,16 @@ class BroadcastAxes(Mixer):
 
 @pytest.mark.parametrize(
     "mixer",
-    [ConstantsOfEveryRank, DifferentOrders, UsedTwice, Softmax, BroadcastAxes, HeadsInnermost, HeadsOutermost],
+    [
+        ConstantsOfEveryRank,
+        ConstantOfHigherRank,
+        DifferentOrders,
+        UsedTwice,
+        Softmax,
+        BroadcastAxes,
+        HeadsInnermost,
+        HeadsOutermost,
+    ],
     ids=lambda mixer: mixer.__name__,
 )
 def test_the_program_stays_the_same(mixer: type[Mixer]) -> None:

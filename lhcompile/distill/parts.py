@@ -1,0 +1,33 @@
+"""Work on many filters in parts: bounded memory, and every core busy with a part of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["in_parts"]
+
+_BYTES = 1 << 26
+Result = TypeVar("Result")
+
+
+def in_parts(work: Callable[[slice], Result], taps: Tensor, bytes_each: int) -> list[Result]:
+    """Results of `work` for consecutive slices of the filters of taps [filters, length], in order.
+
+    A part needs about 64 MiB, `bytes_each` per filter. On a CPU the parts run side by side, one thread each:
+    the operations are many and small, and threads that share one of them mostly wait for each other.
+    """
+    filters, threads = taps.shape[0], torch.get_num_threads()
+    step = max(1, min(_BYTES // max(1, bytes_each), -(-filters // threads)))
+    parts = [slice(start, min(start + step, filters)) for start in range(0, max(filters, 1), step)]
+    if taps.device.type != "cpu" or threads == 1 or len(parts) == 1:
+        return [work(part) for part in parts]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, parts))
+    finally:
+        torch.set_num_threads(threads)
