@@ -84,7 +84,9 @@ def modal_rows(g: Graph, u: str, state: str, new: str, i: int, channels: int, sl
     table = partial(_table, g, i, 2 * slots, channels)
     halves = g.constant(np.roll(np.arange(2 * slots), slots), f"halves{i}")
     swapped = g.add("Gather", [state, halves], f"swapped{i}", axis=1)
-    s = g.add("Add", [g.add("Mul", [state, table("p")], f"a{i}"), g.add("Mul", [swapped, table("q")], f"b{i}")], f"c{i}")
+    s = g.add(
+        "Add", [g.add("Mul", [state, table("p")], f"a{i}"), g.add("Mul", [swapped, table("q")], f"b{i}")], f"c{i}"
+    )
     s = g.add("Add", [s, u], new)
     one = g.constant(np.array([1]), f"one{i}")
     y = g.add("ReduceSum", [g.add("Mul", [s, table("r")], f"d{i}"), one], f"e{i}", keepdims=1)
@@ -97,7 +99,9 @@ def modal_columns(g: Graph, u: str, state: str, new: str, i: int, channels: int,
     last, both = g.constant(np.array([-1]), f"last{i}"), g.constant(np.array([-2, -1]), f"both{i}")
     u4 = g.add("Unsqueeze", [u, last], f"u{i}")
     g.add("Split", [state], [f"s0{i}", f"s1{i}"], axis=-2, num_outputs=2)
-    s = g.add("Add", [g.add("Mul", [f"s0{i}", table("p")], f"a{i}"), g.add("Mul", [f"s1{i}", table("q")], f"b{i}")], f"c{i}")
+    s = g.add(
+        "Add", [g.add("Mul", [f"s0{i}", table("p")], f"a{i}"), g.add("Mul", [f"s1{i}", table("q")], f"b{i}")], f"c{i}"
+    )
     s = g.add("Add", [s, u4], new)
     y = g.add("ReduceSum", [g.add("Mul", [s, table("r")], f"d{i}"), both], f"e{i}", keepdims=1)
     direct = g.add("Mul", [u4, g.constant(random(channels, 1, 1), f"D{i}")], f"f{i}")
@@ -199,7 +203,8 @@ def main() -> None:
     rows = measure()
     lines = ["| operator | channels | form | µs a layer | floor µs |", "|---|---|---|---|---|"]
     lines += [
-        f"| {row['what']} | {row['channels']} | {row['form']} | {row['us']:.1f} | {row['floor_us']:.2f} |" for row in rows
+        f"| {row['what']} | {row['channels']} | {row['form']} | {row['us']:.1f} | {row['floor_us']:.2f} |"
+        for row in rows
     ]
     print("\n".join(lines))
     if out is not None:
@@ -207,8 +212,8 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "cpu_lowerings.json").write_text(json.dumps(result, indent=1) + "\n")
         (out / "cpu_lowerings.md").write_text(
-            "Made by `python -m bench.cpu_lowerings --out docs/bench`, batch 1, one token a call. The floor is the bytes "
-            "of states and weights over the measured copy bandwidth.\n\n" + "\n".join(lines) + "\n"
+            "Made by `python -m bench.cpu_lowerings --out docs/bench`, batch 1, one token a call. The floor is the "
+            "bytes of states and weights over the measured copy bandwidth.\n\n" + "\n".join(lines) + "\n"
         )
 
 

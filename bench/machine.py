@@ -55,5 +55,7 @@ def _version(name: str) -> str | None:
 
 def _commit() -> str | None:
     here = Path(__file__).parent
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
     return result.stdout.strip() or None
