@@ -13,12 +13,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lhcompile.api import bench, build, generate, inspect, verify_directory
+    from lhcompile.api import build, inspect, verify_directory
     from lhcompile.errors import LhcompileError
+    from lhcompile.running import bench, generate
 
 __all__ = ["LhcompileError", "bench", "build", "generate", "inspect", "verify_directory"]
 
-_HOMES = {"LhcompileError": "lhcompile.errors"}
+_HOMES = {"LhcompileError": "lhcompile.errors", "bench": "lhcompile.running", "generate": "lhcompile.running"}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,9 +173,10 @@ def module_path(node: Node) -> str:
 
 
 def source_line(node: Node) -> str:
-    """file:line and text of the code a node was traced from."""
+    """file:line and text of the code a node was traced from: the innermost of the user's own, not torch's."""
     trace = str(node.meta.get("stack_trace") or "").strip().splitlines()
     places = [i for i, line in enumerate(trace) if line.strip().startswith("File ")]
+    places = [i for i in places if os.path.dirname(torch.__file__) not in trace[i]] or places
     if not places:
         return "source unknown"
     at = trace[places[-1]].strip()

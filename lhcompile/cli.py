@@ -126,7 +126,7 @@ def build(model: Model, **options: Any) -> None:
     first, last = report.stages[0], report.stages[-1]
     rows = [
         ("loss, reference", f"{first.loss:.5f} nats per token, {first.tokens} held-out tokens"),
-        ("loss, compiled", f"{last.loss:.5f}  ({report.loss_rise:+.3%})"),
+        ("loss, compiled", f"{last.loss:.5f}{_rise(first, last)}"),
         ("agreement", _agreement(last)),
     ]
     if report.order_mean is not None:
@@ -182,11 +182,10 @@ def verify(
     ]
     if result.stages:
         first, last = result.stages[0], result.stages[-1]
-        rise = f"  ({(last.loss - first.loss) / first.loss:+.3%})" if first.loss and last.loss else ""
         tokens = f"{first.tokens} {'random ' if calibration is None else ''}tokens"
         rows += [
             ("loss, source", f"{first.loss:.5f} nats per token, {tokens}"),
-            ("loss, compiled", f"{last.loss:.5f}{rise}"),
+            ("loss, compiled", f"{last.loss:.5f}{_rise(first, last)}"),
             ("agreement", _agreement(last)),
         ]
     _print_rows(rows)
@@ -204,9 +203,9 @@ def generate(
 ) -> None:
     """Continue PROMPT, streaming text as it is generated."""
     with err.status("loading"):
-        from lhcompile import api
+        from lhcompile import running
 
-        pieces = api.generate(directory, prompt, max_new_tokens, temperature, top_k, top_p, seed)
+        pieces = running.generate(directory, prompt, max_new_tokens, temperature, top_k, top_p, seed)
     print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -226,9 +225,9 @@ def bench(
     from dataclasses import asdict
 
     with err.status("measuring"):
-        from lhcompile import api
+        from lhcompile import running
 
-        result = api.bench(directory, batch, steps, prefill_tokens, threads)
+        result = running.bench(directory, batch, steps, prefill_tokens, threads)
     if json:
         out.print_json(data=asdict(result))
         return
@@ -286,8 +285,10 @@ def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
 
 def _print_inspection(found: Any) -> None:
     sizes = f"{found.parameters:,} parameters, vocabulary {found.vocab_size}, context {found.context_length}"
-    _print_rows([("model", f"{found.family}, {sizes}"), *(("note", note) for note in found.notes)])
-    table = _table("module", "kind", "filters", "channels", "taps", "state if exact")
+    exact = f"{_bytes(sum(x.exact_bytes for x in found.layers))} of state per sequence if built --exact"
+    notes = [("note", note) for note in found.notes]
+    _print_rows([("model", f"{found.family}, {sizes}"), ("memory", exact), *notes])
+    table = _table("module", "kind", "filters", "channels", "taps", "state")
     for x in found.layers:
         numbers = [str(n) for n in (x.filters, x.channels, x.taps)]
         table.add_row(x.module, x.kind.removesuffix(" convolution"), *numbers, _bytes(x.exact_bytes))
@@ -325,6 +326,11 @@ def _table(first: str, second: str, *numbers: str) -> Table:
 
 def _sizes(files: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {_bytes(size)}" for name, size in files.items())
+
+
+def _rise(first: Any, last: Any) -> str:
+    """By how much the loss is above the reference's, relative to it."""
+    return f"  ({round((last.loss - first.loss) / first.loss, 5) + 0.0:+.3%})" if first.loss else ""  # + 0.0: never -0
 
 
 def _agreement(stage: Any) -> str:

@@ -30,6 +30,7 @@ from lhcompile.calibrate import calibrate, token_limit
 from lhcompile.capture import capture
 from lhcompile.config import BuildConfig, DistillConfig
 from lhcompile.distill import distill
+from lhcompile.errors import DistillError
 from lhcompile.load import load
 from lhcompile.lower import lower
 from lhcompile.package import Manifest, check_destination, package
@@ -82,7 +83,9 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
     with progress.stage("recognize"):
         recognized = recognize(captured)
         verify.check_stage(recognized, captured, probe, verify.RECOGNIZED)
-    with progress.stage("calibrate"):
+    with progress.stage("calibrate") as say:
+        if config.calibration.calibration is None:
+            say("sampling tokens from the model")
         tokens = calibrate(config.calibration, recognized, loaded.parameters, lambda: _stand_in(recognized))
         few = tokens.heldout[:PARITY_ROWS, :PARITY_TIME]
     with progress.stage("distill") as say:
@@ -131,7 +134,10 @@ def _probe(program: Program) -> torch.Tensor:
 
 def _stand_in(recognized: Program) -> Program:
     """A streamed program near enough to the model to sample calibration tokens from."""
-    return streamify(distill(recognized, SAMPLING, None).program)
+    try:
+        return streamify(distill(recognized, SAMPLING, None).program)
+    except DistillError:  # its filters have no stable system: --exact keeps them, and so does the sampling
+        return streamify(recognized)
 
 
 @contextmanager
@@ -140,4 +146,3 @@ def _rehearsal(files: dict[str, bytes | Path], manifest: Manifest) -> Iterator[v
     with tempfile.TemporaryDirectory() as place:
         directory = package(Path(place) / "model", dict(files), manifest, force=False)
         yield verify.SessionModel(lambda batch: Session.load(directory, batch=batch))
-

@@ -146,18 +146,19 @@ class HeadsOutermost(Mixer):
 
 
 class Mixed(Mixer):
-    """Short convolutions of every kind, beside a filter that all channels share."""
+    """Short convolutions of every kind (dense, grouped, spread, a shift), beside a filter that all channels share."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dense = nn.Conv1d(WIDTH, WIDTH, 4, padding=3)
-        self.dilated = nn.Conv1d(WIDTH, WIDTH, 3, groups=WIDTH, dilation=2, bias=False)
+        self.grouped = nn.Conv1d(WIDTH, WIDTH, 2, groups=2, padding=1)
+        self.dilated = nn.Conv1d(WIDTH, WIDTH, 3, groups=WIDTH, dilation=5, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         time = x.shape[1]
         a, b, c = x.transpose(1, 2).split(WIDTH, dim=1)
-        a = F.silu(self.dense(a))[..., :time]
-        b = self.dilated(F.pad(b, (4, 0)))
+        a = F.silu(self.dense(a))[..., :time] + self.grouped(a)[..., :time]
+        b = self.dilated(F.pad(b, (10, 0)))
         c = convolve(c, self.head_taps[0]) * torch.sigmoid(F.pad(c, (1, -1)))
         return (a * b + c).transpose(1, 2)
 

@@ -45,10 +45,14 @@ _SEED = 20231018
 
 @dataclass(frozen=True)
 class Window:
-    """The taper of a window: s_i = exp(−decay · i/length), times the level taper if `level`."""
+    """The taper of a window: s_i = exp(−decay · i/length), times the level taper if `level`.
+
+    extended: the taps are zero after the last and p = q = length − 1: for `distill.balanced`, no bound
+    """
 
     decay: float = 0.0
     level: bool = False
+    extended: bool = False
 
     def taper(self, count: int, length: int, like: Tensor) -> Tensor:
         """s_0 … s_{count−1}, [count], in the dtype and on the device of `like`."""
@@ -135,7 +139,8 @@ def _factor_part(norm: Norm, rank: int, window: Window) -> tuple[Tensor, ...]:
     scale = heard.abs().amax(-1).clamp_min(1e-300)
     heard = heard / scale.unsqueeze(-1)
     n = heard.shape[-1]
-    p, q = n // 2 + 1, n - n // 2
+    p, q = (n, n) if window.extended else (n // 2 + 1, n - n // 2)
+    heard = torch.nn.functional.pad(heard, (0, p + q - 1 - n))
     rank = min(rank, order_limit(n + 1))
     taper = window.taper(p, norm.length, heard)
     left, small = _project(heard, p, q, _columns(rank), taper)
@@ -146,10 +151,10 @@ def _factor_part(norm: Norm, rank: int, window: Window) -> tuple[Tensor, ...]:
     vectors = vectors * kept.unsqueeze(1)
     advance = taper[:-1] / taper[1:]
     shift = vectors.mT @ ((left[..., :-1] * advance) @ left[..., 1:].mT) @ vectors
-    last = (left[..., -1:].mT @ vectors).squeeze(1)
-    size = fast_size(n)
+    last = (left[..., -1:].mT @ vectors).squeeze(1) * (not window.extended)
+    size = fast_size(p + q - 1)
     power = torch.fft.rfft(taper.square(), n=size) * torch.fft.rfft(taper[:q].square(), n=size)
-    multiplicity = torch.fft.irfft(power, n=size)[:n].clamp_min(0)
+    multiplicity = torch.fft.irfft(power, n=size)[: p + q - 1].clamp_min(0)
     energy = (multiplicity * heard.square()).sum(-1)
     beyond = torch.stack([(energy - inside).clamp_min(0), edge.square()], -1)
     whole = norm.size(norm.taps).square()

@@ -20,8 +20,8 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from lhcompile.artifacts import Distilled, DistilledLayer, Program, Trial, module_path
 from lhcompile.config import DistillConfig
-from lhcompile.distill.reduction import Reducer, Reduction, factorize
-from lhcompile.errors import BudgetError
+from lhcompile.distill.reduction import Reducer, Reduction, checked, factorize
+from lhcompile.errors import BudgetError, DistillError
 from lhcompile.measure import loss
 
 __all__ = ["distill"]
@@ -29,6 +29,8 @@ __all__ = ["distill"]
 lhc = torch.ops.lhc
 ORDERS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Orders the search tries. Odd ones would leave half a slot of state unused."""
+TINY = 1e-12
+"""A loss below this many nats is none."""
 
 
 def distill(
@@ -42,7 +44,8 @@ def distill(
     tokens: int64 [sequences, time] that weigh the filters and judge the budget; None fits all frequencies alike,
             which needs an order. say: told what is going on, a phrase at a time.
 
-    Raises BudgetError, naming the best that was reached, when no order up to `config.max_order` keeps the loss.
+    Raises BudgetError, naming the best that was reached, when no order up to `config.max_order` keeps the loss;
+    DistillError, naming the module, for a filter that grows.
     """
     nodes = [node for node in program.graph.graph.nodes if node.target == lhc.long_conv.default]
     if config.exact or not nodes:
@@ -63,11 +66,21 @@ def distill(
 
 
 def _bank(module: GraphModule, nodes: Sequence[Node]) -> tuple[Tensor, list[int]]:
-    """All taps as [filters of all layers, length], and the filters of each layer."""
-    taps = [_taps(module, node).double() for node in nodes]
+    """All taps as [filters of all layers, length], and the filters of each layer.
+
+    Raises DistillError, naming the module, for taps that no stable system can stand for.
+    """
+    taps = [_checked_taps(module, node) for node in nodes]
     length = max(x.shape[1] for x in taps)
     bank = torch.cat([torch.nn.functional.pad(x, (0, length - x.shape[1])) for x in taps])
     return bank, [x.shape[0] for x in taps]
+
+
+def _checked_taps(module: GraphModule, node: Node) -> Tensor:
+    try:
+        return checked(_taps(module, node))
+    except DistillError as error:
+        raise DistillError(f"{module_path(node)}: {error}; --exact keeps taps as they are") from None
 
 
 def _taps(module: GraphModule, node: Node) -> Tensor:
@@ -130,17 +143,17 @@ def _search(
     """The smallest order whose loss on the tokens rises by no more than the budget."""
     reference = loss(program, tokens)
     trials: list[Trial] = []
-    for order in (order for order in ORDERS if order <= config.max_order):
+    for order in sorted({config.max_order, *(order for order in ORDERS if order <= config.max_order)}):
         reduction = bank.reduce(order)
         value = loss(_with_taps(program, nodes, counts, reduction), tokens)
-        trials.append(Trial(order, value, (value - reference) / reference))
-        say(f"order {order}: loss {trials[-1].rise:+.3%} of {config.rise:.3%} allowed")
+        trials.append(Trial(order, value, (value - reference) / max(reference, TINY)))
+        say(f"order {order}: loss {trials[-1].rise:+.3%} of {100 * config.rise:.3g}% allowed")
         if trials[-1].rise <= config.rise:
             return reduction, tuple(trials)
     best = min(trials, key=lambda trial: trial.rise)
     raise BudgetError(
-        f"no order up to {config.max_order} keeps the loss within {config.rise:.3%}: the best is {best.rise:+.3%} at "
-        f"order {best.order}; allow more with --budget, a larger --max-order, or keep the taps with --exact"
+        f"no order up to {config.max_order} keeps the loss within {100 * config.rise:.3g}%: the best is "
+        f"{best.rise:+.3%} at order {best.order}; allow more with --budget or --max-order, or keep taps with --exact"
     )
 
 

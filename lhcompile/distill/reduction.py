@@ -13,14 +13,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lhcompile.distill.balanced import EXTENDED
+from lhcompile.distill.gradient import descend
 from lhcompile.distill.hankel import EARLY, EVEN, LEVEL, HankelFactors, Window, factor, order_limit
+from lhcompile.distill.modal import dominant
 from lhcompile.distill.norm import Norm, tap_norm
 from lhcompile.distill.spectrum import fit_residues
 from lhcompile.distill.varpro import refine
 from lhcompile.errors import DistillError
 from lhcompile.ssm import ModalSSM
 
-__all__ = ["METHODS", "Reducer", "Reduction", "factorize", "reduce", "select"]
+__all__ = ["METHODS", "Reducer", "Reduction", "checked", "factorize", "reduce", "select"]
 
 DEFAULT_METHOD = "varpro"
 METHODS: dict[str, Callable[[Reducer, int], tuple[ModalSSM, Tensor]]] = {}
@@ -134,7 +137,24 @@ def _better(one: tuple[ModalSSM, Tensor], other: tuple[ModalSSM, Tensor]) -> tup
     return system, torch.where(lower, other[1], one[1])
 
 
-METHODS.update(hankel=_hankel, varpro=_varpro)
+def _balanced(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
+    """Poles of the balanced truncation, residues and direct term refitted."""
+    return fit_residues(reducer.factors(EXTENDED).poles(order), reducer.norm)
+
+
+def _modal(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
+    """The dominant poles of a Hankel reduction to 4 times the order, residues and direct term refitted."""
+    high = min(4 * order, order_limit(reducer.norm.length))
+    system, _ = fit_residues(factor(reducer.norm, high).poles(min(high, 4 * order)), reducer.norm)
+    return fit_residues(dominant(system, order), reducer.norm)
+
+
+def _gradient(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
+    """Everything by gradient descent, as the paper does."""
+    return descend(reducer.norm, order)
+
+
+METHODS.update(hankel=_hankel, varpro=_varpro, balanced=_balanced, modal=_modal, gradient=_gradient)
 
 
 def factorize(taps: Tensor, rank: int, weights: Tensor | None = None) -> Reducer:
@@ -144,7 +164,7 @@ def factorize(taps: Tensor, rank: int, weights: Tensor | None = None) -> Reducer
     (or [1, bins] for all), bins from frequency 0 to π inclusive, any scale; None weighs all alike.
     Runs on the taps' device in float64. Raises DistillError for NaN, Inf and growing taps.
     """
-    norm = tap_norm(_checked(taps), weights)
+    norm = tap_norm(checked(taps), weights)
     return Reducer(norm, min(max(rank, 1), max(order_limit(norm.length), 1)))
 
 
@@ -215,7 +235,7 @@ def _ladder(largest: int) -> list[int]:
 
 def _within(taps: Tensor, order: int | None, tol: float, weights: Tensor | None, method: str) -> Reduction:
     """The smallest order of the ladder for each filter; ranks grow only for the filters that need them."""
-    filters, length = _checked(taps).shape
+    filters, length = checked(taps).shape
     largest = order_limit(length) if order is None else min(order, order_limit(length))
     ladder = _ladder(largest) if largest else [0]
     own = None if weights is None else weights.expand(filters, -1)
@@ -259,7 +279,7 @@ def _spread(result: Reduction, where: Tensor, filters: int) -> Reduction:
     )
 
 
-def _checked(taps: Tensor) -> Tensor:
+def checked(taps: Tensor) -> Tensor:
     """Taps in float64, or DistillError naming the filter that has no stable system."""
     if taps.dim() != 2 or taps.shape[1] == 0 or taps.is_complex():
         raise DistillError(f"taps {tuple(taps.shape)} {taps.dtype} are not real [filters, length ≥ 1]")

@@ -20,12 +20,13 @@ from torch.fx import GraphModule
 from lhcompile.artifacts import Program
 from lhcompile.errors import LowerError
 from lhcompile.lower.portable import OPSET, Lowering
-from lhcompile.sizes import Size
+from lhcompile.sizes import Size, emit_size
 
 __all__ = ["export_onnx"]
 
 aten = torch.ops.aten
-_RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.expand.default}
+_VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
+_RESHAPES = {*_VIEWS, aten.expand.default}
 
 
 def export_onnx(program: Program, lowering: type[Lowering], one_token: bool) -> ir.Model:
@@ -64,20 +65,32 @@ def _retrace(program: Program, one_token: bool) -> tuple[ExportedProgram, tuple[
     dynamic = tuple({0: batch} for _ in program.states)
     ids_dynamic: dict[int, Any] = {0: batch} if one_token else {0: batch, 1: Dim("seq", min=1)}
     module = _simplified(program.graph, one_token)
-    with torch.no_grad(), _quiet():
-        exported = torch.export.export(module, arguments, dynamic_shapes=(ids_dynamic, *dynamic), strict=False)
+    try:
+        with torch.no_grad(), _quiet():
+            exported = torch.export.export(module, arguments, dynamic_shapes=(ids_dynamic, *dynamic), strict=False)
+    except Exception as error:  # torch.export raises many kinds; its first line says what
+        detail = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LowerError(f"torch.export cannot trace the streamed program: {detail}") from error
     return exported, arguments
 
 
 def _simplified(module: GraphModule, one_token: bool) -> GraphModule:
-    """Reshapes with one dynamic size write it as -1, so that no shape is read at run time for it."""
+    """Reshapes in a row become one, and write a single dynamic size as -1, so that no shape is read for it."""
     module = copy.copy(module)
     module.graph = copy.deepcopy(module.graph)
-    for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in _RESHAPES:
-            sizes = [_known(size, one_token) for size in node.meta["sizes"]]
-            if sizes.count(-1) <= 1:
-                node.args = (node.args[0], sizes, *node.args[2:])
+    graph = module.graph
+    ids = next(iter(graph.nodes))
+    for node in list(graph.nodes):
+        if node.target in _RESHAPES:
+            while node.target in _VIEWS and node.args[0].target in _VIEWS:
+                node.args = (node.args[0].args[0], *node.args[1:])
+            sizes: list[Any] = [_known(size, one_token) for size in node.meta["sizes"]]
+            if sizes.count(-1) > 1:  # several are dynamic: each is written out
+                with graph.inserting_before(node):
+                    batch, time = (graph.call_function(aten.sym_size.int, (ids, axis)) for axis in (0, 1))
+                    sizes = [emit_size(graph, size, batch, time) for size in node.meta["sizes"]]
+            node.args = (node.args[0], sizes, *node.args[2:])
+    graph.eliminate_dead_code()
     module.recompile()
     return module
 
@@ -102,13 +115,7 @@ def _weight(exported: ExportedProgram, name: str) -> torch.Tensor:
 
 def _finish(model: ir.Model, one_token: bool) -> ir.Model:
     """Names for the dynamic axes, constants as initializers, nothing of the place the graph was made in."""
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        assert value.shape is not None
-        dims: list[Any] = list(value.shape)
-        dims[0] = "batch"
-        if value.name in ("input_ids", "logits"):
-            dims[1] = 1 if one_token else "seq"
-        value.shape = ir.Shape(dims)
+    _name_axes(model.graph)
     for clean in (
         FoldConstantsPass(
             shape_inference=False, input_size_limit=0, output_size_limit=2**62, should_fold=_rearranges_weight
@@ -123,8 +130,32 @@ def _finish(model: ir.Model, one_token: bool) -> ir.Model:
         clean(model)
     model.producer_name, model.producer_version = "lhcompile", None
     model.metadata_props.clear()
+    for value in _values(model.graph):
+        value.metadata_props.clear()
     model.graph.name = "step" if one_token else "prefill"
     return model
+
+
+def _name_axes(graph: ir.Graph) -> None:
+    """The exporter's symbols for the sizes of the input become "batch" and "seq" in every shape."""
+    ids = graph.inputs[0].shape
+    assert ids is not None
+    names = {str(dim): name for dim, name in zip(ids, ("batch", "seq"), strict=True) if isinstance(dim, ir.SymbolicDim)}
+
+    def renamed(dim: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(dim, int) or dim.value is None:
+            return dim if isinstance(dim, int) else None
+        return re.sub(r"\w+", lambda word: names.get(word.group(), word.group()), dim.value)
+
+    for value in _values(graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([renamed(dim) for dim in value.shape])
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    """Every value of a graph and of the graphs inside its nodes."""
+    made = [output for node in graph.all_nodes() for output in node.outputs]
+    return list(dict.fromkeys([*graph.inputs, *graph.outputs, *graph.initializers.values(), *made]))
 
 
 def _rearranges_weight(node: ir.Node) -> bool:

@@ -2,8 +2,8 @@
 
 The graph is rewritten in one walk. Values that do not depend on the tokens are constants: taps, whatever code
 made them. Pads, cuts, transforms, products of spectra and short convolutions are tracked as what they are, linear
-time-invariant functions of a signal (`lti`), and become one operator where something else reads them. Every other
-operator must treat each position on its own, which is tried, not looked up (`pointwise`).
+time-invariant functions of a signal (`windows`, `spectra`), and become one operator where something else reads them.
+Every other operator must treat each position on its own, which is tried, not looked up (`pointwise`).
 
     before                                                after
     fft_rfft(u, 2·t) ─┐                                   lhc.long_conv(u, taps, None, 1)

@@ -1,4 +1,4 @@
-"""The walk over a captured program: one method per thing that can happen to a signal along time."""
+"""The walk over a captured program: rules for what happens along time, a trial for everything else."""
 
 from __future__ import annotations
 
@@ -10,26 +10,23 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lhcompile.artifacts import map_nodes
-from lhcompile.recognize import lti
-from lhcompile.recognize.constants import Constants
-from lhcompile.recognize.emit import Emitter, dtype_of
+from lhcompile.recognize import spectra, windows
+from lhcompile.recognize.emit import dtype_of
 from lhcompile.recognize.pointwise import check_pointwise, doubled
-from lhcompile.recognize.values import Parts, Plain, Spectrum, Value, Window, refuse, tensor_sizes
+from lhcompile.recognize.signals import Signals
+from lhcompile.recognize.values import Plain, Value, refuse, tensor_sizes
 from lhcompile.sizes import Point, Size
 
 __all__ = ["Walk"]
 
+_RULES = {**windows.RULES, **spectra.RULES}
 
-class Walk:
-    """Rewrites one program. `values` says what each old node stands for in the new graph."""
+
+class Walk(Signals):
+    """Rewrites one program, from the top of its graph to the bottom."""
 
     def __init__(self, module: GraphModule, context: int) -> None:
-        self.old = module
-        self.context = context
-        self.constants = Constants(module)
-        self.root = GraphModule(torch.nn.Module(), torch.fx.Graph())
-        self.emit = Emitter(self.root)
-        self.values: dict[Node, Value] = {}
+        super().__init__(module, context)
         self._folded: dict[Node, Node] = {}
 
     def run(self) -> GraphModule:
@@ -63,67 +60,12 @@ class Walk:
             whole = self.values[node.args[0]]  # type: ignore[index]
             if isinstance(whole, list):
                 return whole[node.args[1]]  # type: ignore[index]
-        rule = lti.RULES.get(node.target)
+        rule = _RULES.get(node.target)
         if rule is not None:
             value = rule(self, node)
             if value is not None:
                 return value
         return self._ordinary(node)
-
-    # ---- what rules need ---------------------------------------------------------------------------------------
-
-    def is_constant(self, arg: object) -> bool:
-        return not (isinstance(arg, Node) and arg in self.constants.dependent)
-
-    def number(self, arg: Any, time: int | None = None) -> Any:
-        """An argument's numbers at the context length (or `time`), batch 1."""
-        at = self.context if time is None else time
-        return map_nodes(arg, lambda node: self.constants.value(node, at))
-
-    def signal(self, node: Node) -> Window | None:
-        """A tensor of the old graph as a window along its own time axis; None for spectra."""
-        value = self.values[node]
-        if isinstance(value, Window):
-            return value
-        if isinstance(value, Plain) and value.extra <= 0:
-            sizes = tensor_sizes(value.node)
-            times = [i for i, size in enumerate(sizes) if size.has_time]
-            if len(times) == 1 and sizes[times[0]] == Size(0, 1, 0):
-                return Window(value.node, times[0], 0, self.context + value.extra)
-        return None
-
-    def settle(self, node: Node, reader: Node, cut: bool = False) -> Plain:
-        """The tensor an ordinary operator reads: tracked signals become an operator here."""
-        value = self.values[node]
-        if isinstance(value, Window):
-            value = self.values[node] = self._materialize(value, node)
-        if not isinstance(value, Plain):
-            what = "a spectrum" if isinstance(value, (Spectrum, Parts)) else "several tensors"
-            raise refuse(reader, f"reads {what} in a way that is not understood")
-        if cut and value.extra > 0:
-            raise refuse(reader, f"its input is {value.extra} positions longer than the sequence and never cut")
-        if cut and value.extra < 0:
-            raise refuse(reader, f"its input lacks the last {-value.extra} positions of the sequence")
-        return value
-
-    def _materialize(self, window: Window, node: Node) -> Plain:
-        time, length, dtype = self.context, window.stop - window.start, node.meta["val"].dtype
-        if window.start == 0 and window.stop > time and any(size.scale > 1 for size in tensor_sizes(node)):
-            origin = window.origin or node
-            raise refuse(origin, f"is {length} positions long where the sequence has {time}, and read before a cut")
-        if window.taps is None and window.start == 0:
-            return Plain(self.emit.cast(window.source, dtype), window.stop - time)
-        node = window.origin or node
-        if window.start > 0:
-            raise refuse(node, f"looks ahead by {window.start} positions")
-        if window.start < 0 and length != time:
-            raise refuse(node, f"is {length} positions long where the sequence has {time}, and never cut")
-        reader, self.emit.origin = self.emit.origin, node
-        y = self.emit.convolution(window, node, -window.start, self.context)
-        self.emit.origin = reader
-        return Plain(self.emit.cast(y, dtype), window.stop - time if window.start == 0 else 0)
-
-    # ---- ordinary operators ------------------------------------------------------------------------------------
 
     def _ordinary(self, node: Node) -> Value:
         """Copy an operator that treats each position on its own."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from lhcompile.distill import METHODS, reduce
 from lhcompile.distill.norm import tap_norm
 
+FAST = [method for method in METHODS if method != "gradient"]
+
 
 @st.composite
 def banks(draw: st.DrawFn) -> Tensor:
@@ -33,12 +35,10 @@ def banks(draw: st.DrawFn) -> Tensor:
     return taps * 10.0 ** draw(st.integers(-12, 6))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FAST)
 @settings(max_examples=60, deadline=None)
 @given(taps=banks(), order=st.integers(0, 20), weighted=st.booleans())
-def test_every_reduction_is_stable_real_and_honest(
-    method: str, taps: Tensor, order: int, weighted: bool
-) -> None:
+def test_every_reduction_is_stable_real_and_honest(method: str, taps: Tensor, order: int, weighted: bool) -> None:
     filters, length = taps.shape
     weights = torch.rand(filters, 17, generator=torch.Generator().manual_seed(order)) if weighted else None
     result = reduce(taps, order, weights=weights, method=method)

@@ -10,8 +10,10 @@ from lhcompile.distill import METHODS, factorize, reduce, select
 from lhcompile.distill.norm import tap_norm
 from lhcompile.errors import DistillError
 
+FAST = [method for method in METHODS if method != "gradient"]
 
-@pytest.mark.parametrize("method", METHODS)
+
+@pytest.mark.parametrize("method", FAST)
 @pytest.mark.parametrize("order", [1, 2, 5, 8])
 def test_reported_error_is_that_of_the_system(trained_like: Tensor, method: str, order: int) -> None:
     weights = 1 / torch.linspace(0.1, 2, 40, dtype=torch.float64).expand(24, -1)
@@ -26,7 +28,7 @@ def test_reported_error_is_that_of_the_system(trained_like: Tensor, method: str,
         assert float(result.hankel_singular_values.square().sum(-1).max()) <= 1 + 1e-12
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FAST)
 @pytest.mark.parametrize(
     "taps",
     [

@@ -64,8 +64,9 @@ def test_shapes_and_kinds(modal: bool) -> None:
         (kind, (rows, square)),
         ("fir", (3, WIDTH)),
         ("fir", (1, WIDTH)),
+        ("fir", (1, WIDTH)),
         (kind, (rows, WIDTH)),
-        ("fir", (4, WIDTH)),
+        ("fir", (10, WIDTH)),
     ]
     tokens = torch.randint(0, VOCAB, (2, 5))
     logits, after = feed(torch_stream(streamed), tokens, zero_states(streamed.states, 2), [])
@@ -135,6 +136,7 @@ def test_a_layer_with_more_than_two_states_is_named_by_module_and_kind() -> None
         "past_key_values.0.conv_state",
         "past_key_values.0.recurrent_state",
         "past.layers.1.mixer.dense.fir",
+        "past.layers.1.mixer.grouped.fir",
         "past.layers.1.mixer.fir",
         "past.layers.1.mixer.modal",
         "past.layers.1.mixer.dilated.fir",
