@@ -100,10 +100,9 @@ class Program:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits [batch, time, vocab] of whole sequences [batch, time], from zero states."""
-        if not self.states:
-            return self.graph(tokens)
         states = [torch.zeros(tokens.shape[0], *state.shape) for state in self.states]
-        return self.graph(tokens, *states)[0]
+        result = self.graph(tokens, *states)
+        return result[0] if isinstance(result, tuple) else result
 
 
 @dataclass(frozen=True)
@@ -144,6 +143,7 @@ class Trial:
     order: int
     loss: float
     rise: float
+    method: str
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 Target = Literal["portable", "cpu"]
-Method = Literal["hankel", "varpro"]
+Method = Literal["auto", "hankel", "varpro"]
 
 
 Config = TypeVar("Config", bound="_Config")
@@ -73,7 +73,9 @@ class DistillConfig(_Config):
     order: int | None = Field(None, ge=1, le=512, description="The same order for every filter, whatever the loss.")
     exact: bool = Field(False, description="Keep every convolution's own taps over a ring buffer.")
     method: Method = Field(
-        "hankel", description="How filters are reduced: hankel (fast), or varpro (poles refined, minutes)."
+        "auto",
+        description="How filters are reduced: hankel (seconds), varpro (poles refined), or auto, which searches with "
+        "the first and goes below it with the second.",
     )
     max_order: int = Field(64, ge=1, le=512, description="Largest order the budget may use.")
 

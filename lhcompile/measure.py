@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lhcompile.parallel import side_by_side
+
 __all__ = ["Agreement", "Model", "compare", "loss"]
 
 Model = Callable[[Tensor], Tensor]
@@ -56,23 +58,24 @@ class Agreement:
 @torch.no_grad()
 def compare(reference: Model, models: Mapping[str, Model], tokens: Tensor) -> dict[str, Agreement]:
     """Each model, and the reference itself under "reference", against the reference on tokens [sequences, time]."""
-    result = {name: Agreement() for name in ("reference", *models)}
+    everyone = {"reference": reference, **models}
+    result = {name: Agreement() for name in everyone}
     for rows in _slices(reference, tokens):
-        truth = reference(rows)
-        result["reference"].add(truth, truth, rows)
-        for name, model in models.items():
-            result[name].add(model(rows), truth, rows)
+        truth, *others = side_by_side(lambda model, rows=rows: model(rows), everyone.values())  # type: ignore[misc]
+        for agreement, logits in zip(result.values(), (truth, *others), strict=True):
+            agreement.add(logits, truth, rows)
     return result
 
 
 @torch.no_grad()
 def loss(model: Model, tokens: Tensor) -> float:
     """Mean cross entropy of the next token, nats, over tokens [sequences, time]."""
-    total = 0.0
-    for rows in _slices(model, tokens):
+
+    def total(rows: Tensor) -> float:
         logits = model(rows)[:, :-1].double()
-        total += float(cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"))
-    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+        return float(cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"))
+
+    return sum(side_by_side(total, _slices(model, tokens))) / (tokens.shape[0] * (tokens.shape[1] - 1))
 
 
 def _slices(model: Model, tokens: Tensor) -> Iterator[Tensor]:

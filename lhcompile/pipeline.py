@@ -26,7 +26,7 @@ from lhruntime import Session
 from lhcompile import verify
 from lhcompile.artifacts import Program
 from lhcompile.assemble import manifest_of, report_of, serialized
-from lhcompile.calibrate import calibrate, token_limit
+from lhcompile.calibrate import calibrate, check_readable, token_limit
 from lhcompile.capture import capture
 from lhcompile.config import BuildConfig, DistillConfig
 from lhcompile.distill import distill
@@ -74,6 +74,7 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
     """
     progress = progress or Progress()
     check_destination(config.package.output, config.package.force)
+    check_readable(config.calibration)
     with progress.stage("load"):
         loaded = load(model, **dict(config.load))
     with progress.stage("capture"):

@@ -9,7 +9,8 @@ The spectrum is closed under conjugation and stored in *slots* of two poles: eit
 (λ, λ̄) with residues (R, R̄), or two real poles. Hence h is real without taking real parts, and the order
 counts real state dimensions: 1 for a real pole, 2 for a conjugate pair.
 
-The recurrence runs in real numbers, on `order` real states a filter, rows n and n + order/2 being a slot:
+The recurrence runs in real numbers, on `order` real states a filter. Rows n and n + ⌊order/2⌋ are a slot, the last
+row of an odd order is a real pole by itself:
 
     s_t = own ∘ s_{t-1} + other ∘ swap(s_{t-1}) + u_t,    y_t = Σ_rows readout ∘ s_t + D u_t
 
@@ -26,14 +27,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ModalSSM", "RealModal", "real_powers", "swap"]
+__all__ = ["ModalSSM", "RealModal", "partners", "real_powers", "swap"]
 
 
 @dataclass(frozen=True)
 class RealModal:
     """A bank of modal systems in real form.
 
-    own, other, readout: [order, filters], order even; direct: [filters]
+    own, other, readout: [order, filters]; direct: [filters]
     """
 
     own: Tensor
@@ -89,11 +90,17 @@ class ModalSSM:
         (first, second), (one, two) = poles.unbind(1), residues.unbind(1)
         pair = first.imag != 0
         turned = one / (1 + 1j)
+        alone = len(first) > 0 and not bool(pair[-1].any() | (two[-1] != 0).any())
+
+        def rows(upper: Tensor, lower: Tensor) -> Tensor:
+            """The rows of all slots; a last slot that holds one real pole everywhere has one row."""
+            return torch.cat([upper[:-1], lower[:-1], upper[-1:]] if alone else [upper, lower])
+
         return RealModal(
-            own=torch.cat([first.real, torch.where(pair, first.real, second.real)]),
-            other=torch.cat([torch.where(pair, -first.imag, 0.0), torch.where(pair, first.imag, 0.0)]),
-            readout=torch.cat(
-                [torch.where(pair, 2 * turned.real, one.real), torch.where(pair, -2 * turned.imag, two.real)]
+            own=rows(first.real, torch.where(pair, first.real, second.real)),
+            other=rows(torch.where(pair, -first.imag, 0.0), torch.where(pair, first.imag, 0.0)),
+            readout=rows(
+                torch.where(pair, 2 * turned.real, one.real), torch.where(pair, -2 * turned.imag, two.real)
             ),
             direct=self.direct.to(torch.float64),
         )
@@ -106,9 +113,15 @@ def _vandermonde(poles: Tensor, length: int) -> Tensor:
     return torch.polar(magnitude, poles.angle().unsqueeze(-1) * time)
 
 
+def partners(order: int) -> list[int]:
+    """The row that shares a slot with each row; the last of an odd number stands alone."""
+    half = order // 2
+    return [*range(half, 2 * half), *range(half), *([order - 1] if order % 2 else [])]
+
+
 def swap(x: Tensor, axis: int = 0) -> Tensor:
     """Exchange the two rows of every slot along the order axis."""
-    return x.roll(x.shape[axis] // 2, axis)
+    return x.index_select(axis, torch.tensor(partners(x.shape[axis]), device=x.device))
 
 
 def real_powers(own: Tensor, other: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -181,15 +181,18 @@ def random_modal(filters: int, slots: int, generator: torch.Generator, largest: 
     return ModalSSM(poles.flatten(1), residues.flatten(1), draw(filters) - 0.5)
 
 
-def with_modal(program: Program, slots: int = 3) -> Program:
-    """A recognized program with a random stable system in place of every long convolution; changes `program`."""
+def with_modal(program: Program, slots: int = 3, largest: float = 0.97) -> Program:
+    """A recognized program with a random stable system in place of every long convolution; changes `program`.
+
+    largest: the modulus that no pole exceeds
+    """
     module = program.graph
     generator = torch.Generator().manual_seed(1)
     for node in list(module.graph.nodes):
         if node.target != torch.ops.lhc.long_conv.default:
             continue
         u, taps, state, inner = node.args
-        system = random_modal(getattr(module, taps.target).shape[0], slots, generator).real()
+        system = random_modal(getattr(module, taps.target).shape[0], slots, generator, largest).real()
         weights = []
         for name in ("own", "other", "readout", "direct"):
             module.register_buffer(f"{node.name}_{name}", getattr(system, name).float())

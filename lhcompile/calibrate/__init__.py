@@ -18,7 +18,7 @@ from lhcompile.artifacts import Program, Tokens
 from lhcompile.config import CalibrationConfig
 from lhcompile.errors import ConfigError
 
-__all__ = ["calibrate", "token_limit"]
+__all__ = ["calibrate", "check_readable", "token_limit"]
 
 LENGTH = 1024
 """Longest sequence used: longer contexts are calibrated on their first positions."""
@@ -73,7 +73,10 @@ def _read(path: Path, tokenizer: Path | None, limit: int) -> Tensor:
     """The token ids of a file, [tokens]."""
     try:
         if path.suffix == ".npy":
-            ids = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64).reshape(-1))
+            array = np.load(path, allow_pickle=False)
+            if array.dtype.kind not in "iu":
+                raise ConfigError(f"{path} holds {array.dtype}; token ids are integers")
+            ids = torch.from_numpy(array.astype(np.int64).reshape(-1))
         elif tokenizer is not None:
             ids = _tokenized(path, tokenizer)
         elif limit in BYTE_VOCABULARY:
@@ -82,12 +85,26 @@ def _read(path: Path, tokenizer: Path | None, limit: int) -> Tensor:
             raise ConfigError(
                 f"the model has {limit} tokens, so text needs --tokenizer tokenizer.json, or give token ids as .npy"
             )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read calibration tokens from {path}: {error}") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"cannot read calibration tokens from {path}: {_reason(error)}") from None
     foreign = ids[(ids < 0) | (ids >= limit)]
     if len(foreign):
         raise ConfigError(f"{path} holds token id {int(foreign[0])}; the model has {limit} tokens")
     return ids
+
+
+def check_readable(config: CalibrationConfig) -> None:
+    """Raises ConfigError if a file that calibration needs is not there; call it before a long build."""
+    for path in (config.calibration, config.tokenizer):
+        try:
+            if path is not None:
+                path.open("rb").close()
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return str(error.strerror if isinstance(error, OSError) and error.strerror else error)
 
 
 def _tokenized(path: Path, tokenizer: Path) -> Tensor:

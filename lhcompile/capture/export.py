@@ -37,6 +37,9 @@ _DROPOUT = {
 
 def export_at(module: torch.nn.Module, point: Point) -> GraphModule:
     """Export module(ids [batch, time]) at fixed sizes, without decompositions and without mutation."""
+    for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise CaptureError(f"{path or 'the model'}: is a TorchScript module; torch.export takes the plain one")
     ids = torch.zeros(point.batch, point.time, dtype=torch.int64)
     try:
         with _quiet():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from lhcompile.parallel import side_by_side
 
 __all__ = ["in_parts"]
 
@@ -24,10 +25,6 @@ def in_parts(work: Callable[[slice], Result], taps: Tensor, bytes_each: int) -> 
     filters, threads = taps.shape[0], torch.get_num_threads()
     step = max(1, min(_BYTES // max(1, bytes_each), -(-filters // threads)))
     parts = [slice(start, min(start + step, filters)) for start in range(0, max(filters, 1), step)]
-    if taps.device.type != "cpu" or threads == 1 or len(parts) == 1:
+    if taps.device.type != "cpu":
         return [work(part) for part in parts]
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, parts))
-    finally:
-        torch.set_num_threads(threads)
+    return side_by_side(work, parts)

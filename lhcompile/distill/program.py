@@ -20,17 +20,14 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from lhcompile.artifacts import Distilled, DistilledLayer, Program, Trial, module_path
 from lhcompile.config import DistillConfig
-from lhcompile.distill.reduction import Reducer, Reduction, checked, factorize
-from lhcompile.errors import BudgetError, DistillError
+from lhcompile.distill.reduction import Reduction, checked
+from lhcompile.distill.search import Bank, search
+from lhcompile.errors import DistillError
 from lhcompile.measure import loss
 
 __all__ = ["distill"]
 
 lhc = torch.ops.lhc
-ORDERS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Orders the search tries. Odd ones would leave half a slot of state unused."""
-TINY = 1e-12
-"""A loss below this many nats is none."""
 
 
 def distill(
@@ -50,18 +47,22 @@ def distill(
     nodes = [node for node in program.graph.graph.nodes if node.target == lhc.long_conv.default]
     if config.exact or not nodes:
         return Distilled(program, tuple(_kept(program.graph, node) for node in nodes))
-    bank, counts = _bank(program.graph, nodes)
+    taps, counts = _bank(program.graph, nodes)
     weights = None
     if tokens is not None:
         say("listening to the convolutions' inputs")
-        weights = _heard(program.graph, nodes, tokens, bank.shape[1])
-    bank_of = _Bank(bank, weights, config.method, say)
+        weights = _heard(program.graph, nodes, tokens, taps.shape[1])
+    bank = Bank(taps, weights, say)
     trials: tuple[Trial, ...] = ()
     if config.order is not None:
-        reduction = bank_of.reduce(config.order)
+        reduction = bank.reduce(config.order, config.method)
     else:
         assert tokens is not None
-        reduction, trials = _search(program, nodes, counts, bank_of, config, tokens, say)
+
+        def loss_of(reduction: Reduction) -> float:
+            return loss(_with_taps(program, nodes, counts, reduction), tokens)
+
+        reduction, trials = search(bank, config, loss(program, tokens), loss_of, say)
     return _replaced(program, nodes, counts, reduction, trials)
 
 
@@ -85,24 +86,6 @@ def _checked_taps(module: GraphModule, node: Node) -> Tensor:
 
 def _taps(module: GraphModule, node: Node) -> Tensor:
     return getattr(module, str(node.args[1].target)).detach()  # type: ignore[union-attr]
-
-
-class _Bank:
-    """All filters of a model, factored as far as the orders asked for need: a small rank costs little."""
-
-    _RANKS = (8, 32, 128, 512)
-
-    def __init__(self, taps: Tensor, weights: Tensor | None, method: str, say: Callable[[str], None]) -> None:
-        self._taps, self._weights, self._method, self._say = taps, weights, method, say
-        self._reducer: Reducer | None = None
-        self._rank = 0
-
-    def reduce(self, order: int) -> Reduction:
-        if self._reducer is None or order > self._rank:
-            self._rank = next(rank for rank in self._RANKS if rank >= order)
-            self._say(f"factoring {self._taps.shape[0]} filters of length {self._taps.shape[1]}")
-            self._reducer = factorize(self._taps, self._rank, self._weights)
-        return self._reducer.reduce(order, self._method)
 
 
 class _Ear(Interpreter):
@@ -129,32 +112,6 @@ def _heard(module: GraphModule, nodes: Sequence[Node], tokens: Tensor, length: i
     for rows in tokens.split(4):
         ear.run(rows)
     return torch.cat([torch.as_tensor(ear.power[node]) for node in nodes])
-
-
-def _search(
-    program: Program,
-    nodes: Sequence[Node],
-    counts: list[int],
-    bank: _Bank,
-    config: DistillConfig,
-    tokens: Tensor,
-    say: Callable[[str], None],
-) -> tuple[Reduction, tuple[Trial, ...]]:
-    """The smallest order whose loss on the tokens rises by no more than the budget."""
-    reference = loss(program, tokens)
-    trials: list[Trial] = []
-    for order in sorted({config.max_order, *(order for order in ORDERS if order <= config.max_order)}):
-        reduction = bank.reduce(order)
-        value = loss(_with_taps(program, nodes, counts, reduction), tokens)
-        trials.append(Trial(order, value, (value - reference) / max(reference, TINY)))
-        say(f"order {order}: loss {trials[-1].rise:+.3%} of {100 * config.rise:.3g}% allowed")
-        if trials[-1].rise <= config.rise:
-            return reduction, tuple(trials)
-    best = min(trials, key=lambda trial: trial.rise)
-    raise BudgetError(
-        f"no order up to {config.max_order} keeps the loss within {100 * config.rise:.3g}%: the best is "
-        f"{best.rise:+.3%} at order {best.order}; allow more with --budget or --max-order, or keep taps with --exact"
-    )
 
 
 def _with_taps(program: Program, nodes: Sequence[Node], counts: list[int], reduction: Reduction) -> Program:

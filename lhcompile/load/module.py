@@ -122,13 +122,13 @@ def _made(spec: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _context_length(module: nn.Module) -> int | None:
-    """The smallest length, above 1, that the module, a submodule or its config states."""
+    """The smallest length that the module, a submodule or its config states."""
     found: list[int] = []
     for part in module.modules():
         for owner in (part, getattr(part, "config", None)):
             for name in LENGTH_NAMES:
                 value = owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
-                if isinstance(value, int) and not isinstance(value, bool | torch.SymInt) and value > 1:
+                if isinstance(value, int) and not isinstance(value, bool | torch.SymInt) and value > 0:
                     found.append(value)
     return min(found, default=None)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnxscript import opset20
 
 from lhcompile.lower.tables import chunk_tables
-from lhcompile.ssm import RealModal
+from lhcompile.ssm import RealModal, partners
 
 __all__ = ["OPSET", "Lowering", "Prefill", "Step"]
 
@@ -86,7 +86,7 @@ class Step(Lowering):
         lead = _lead(u, filters, inner)
         p, q, c, d = (_constant(_aligned(self.weight(x), lead, inner)) for x in (own, other, readout, direct))
         old, new = _grouped(state, lead), _grouped(u, lead)
-        swapped = op.Gather(old, _ints(*range(order // 2, order), *range(order // 2)), axis=1)
+        swapped = op.Gather(old, _ints(*partners(order)), axis=1)
         s = op.Add(op.Add(op.Mul(old, p), op.Mul(swapped, q)), new)
         y = op.Add(op.ReduceSum(op.Mul(s, c), _ints(1), keepdims=1), op.Mul(new, d))
         return _joined(y, lead), _joined(s, lead)
@@ -179,7 +179,7 @@ class Prefill(Lowering):
 
 def _advance(state: Value, own: Value, other: Value, order: int) -> Value:
     """A s on [lead…, d] for A in the form (own, other), each [1, F…, d]"""
-    swapped = op.Gather(state, _ints(*range(order // 2, order), *range(order // 2)), axis=-1)
+    swapped = op.Gather(state, _ints(*partners(order)), axis=-1)
     return op.Add(op.Mul(own, op.Unsqueeze(state, _ints(0))), op.Mul(other, op.Unsqueeze(swapped, _ints(0))))
 
 
@@ -208,7 +208,7 @@ def _scan_body(leap: NDArray[np.float32], lead: list[int], order: int) -> ir.Gra
         return ir.node("Constant", [], attributes={"value": ir.tensor(np.ascontiguousarray(array), name=name)})
 
     own, other = constant(leap[0], "own"), constant(leap[1], "other")
-    halves = constant(np.array([*range(order // 2, order), *range(order // 2)]), "halves")
+    halves = constant(np.array(partners(order)), "halves")
     swapped = ir.node("Gather", [s, halves.outputs[0]], attributes={"axis": -1})
     mine = ir.node("Mul", [s, own.outputs[0]])
     cross = ir.node("Mul", [swapped.outputs[0], other.outputs[0]])

@@ -15,6 +15,7 @@ from torch import Tensor
 from lhcompile.artifacts import Program
 from lhcompile.errors import ParityError
 from lhcompile.measure import Model, compare
+from lhcompile.parallel import one_thread
 from lhcompile.verify.budgets import CAPTURED, ONNX, RECOGNIZED, STREAMED, Tolerance
 from lhcompile.verify.model import StageFidelity
 
@@ -68,6 +69,7 @@ def cuts_of(length: int) -> list[list[int]]:
     return [pieces, [1] * ones + [length - ones] * (length > ones), [third, length - third]]
 
 
+@one_thread()
 @torch.no_grad()
 def check_streamed(program: Program, reference: Model, tokens: Tensor) -> None:
     """The streamed program fed whole and in cuts against the whole-sequence program: logits and final states."""

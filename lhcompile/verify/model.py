@@ -127,6 +127,7 @@ class OrderTried(_Part):
     order: int
     loss: float
     rise: float
+    method: str = "hankel"
 
 
 class BudgetReport(_Part):

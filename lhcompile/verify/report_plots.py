@@ -169,19 +169,24 @@ def order_search(budget: BudgetReport) -> str:
     tried = sorted(budget.orders, key=lambda entry: entry.order)
     with _canvas(HALF, "Orders tried") as canvas:
         axes = canvas.axes
-        rises = _finite([100 * entry.rise for entry in tried])
         axes.axhline(0, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
         axes.axhline(100 * budget.requested, color=WARM, linewidth=1, linestyle=(0, (4, 3)))
-        axes.plot(
-            [entry.order for entry in tried], rises, color=ACCENT, linewidth=1.6, marker="o", markersize=5.5
-        )
+        methods = list(dict.fromkeys(entry.method for entry in tried))
+        for method, color, marker in zip(methods, (ACCENT, WARM), "os", strict=False):
+            mine = [entry for entry in tried if entry.method == method]
+            rises = _finite([100 * entry.rise for entry in mine])
+            orders = [entry.order for entry in mine]
+            axes.plot(orders, rises, color=color, linewidth=1.6, marker=marker, markersize=5, label=method)
+        if len(methods) > 1:
+            axes.legend(loc="upper right", frameon=False)
         if len(tried) > 1:
             axes.set_xscale("log", base=2)
+        best = {entry.order: min(e.rise for e in tried if e.order == entry.order) for entry in tried}
         axes.set_xticks(
-            [entry.order for entry in tried],
-            [f"{entry.order}\n{signed_percent(entry.rise)}" for entry in tried]
-            if len(tried) <= 7
-            else [str(entry.order) for entry in tried],
+            list(best),
+            [f"{order}\n{signed_percent(rise)}" for order, rise in best.items()]
+            if len(best) <= 7
+            else [str(order) for order in best],
         )
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_locator(MaxNLocator(5))

@@ -9,11 +9,9 @@ import pytest
 import torch
 from lhruntime import Session
 from models import VOCAB
-from streams import assert_close, feed, serialized, torch_stream, zero_states
+from streams import assert_close, feed, torch_stream, write_directory, zero_states
 
 from lhcompile.artifacts import Program
-from lhcompile.package import package
-from lhcompile.package.manifest import Graph, Graphs, Inputs, Manifest, ModelInfo, Outputs, State
 
 CASES = [("per channel", True), ("shared", True), ("per channel", False)]
 
@@ -24,27 +22,7 @@ def directory(
 ) -> tuple[Program, Path]:
     """(streamed program, built directory)"""
     model = built(*request.param)
-    manifest = Manifest(
-        lhcompile_version="0",
-        target="portable",
-        model=ModelInfo(family="module", vocab_size=VOCAB, context_length=model.program.context, parameters=0),
-        graphs=Graphs(step=Graph(file="step.onnx"), prefill=Graph(file="prefill.onnx")),
-        inputs=Inputs(tokens="input_ids"),
-        outputs=Outputs(logits="logits"),
-        states=[
-            State(
-                input=state.name,
-                output=state.output,
-                shape=["batch", *state.shape],
-                dtype="float32",
-                kind=state.kind,
-                module=state.module,
-            )
-            for state in model.program.states
-        ],
-    )
-    files = {"step.onnx": serialized(model.lowered.step), "prefill.onnx": serialized(model.lowered.prefill)}
-    return model.program, package(tmp_path_factory.mktemp("built") / "out", files, manifest, force=False)
+    return model.program, write_directory(model.program, model.lowered, tmp_path_factory.mktemp("built") / "out")
 
 
 @pytest.mark.parametrize("batch", [1, 3])
