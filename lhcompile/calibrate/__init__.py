@@ -80,7 +80,7 @@ def _read(path: Path, tokenizer: Path | None, limit: int) -> Tensor:
         elif tokenizer is not None:
             ids = _tokenized(path, tokenizer)
         elif limit in BYTE_VOCABULARY:
-            ids = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).long()
+            ids = torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).astype(np.int64))
         else:
             raise ConfigError(
                 f"the model has {limit} tokens, so text needs --tokenizer tokenizer.json, or give token ids as .npy"
