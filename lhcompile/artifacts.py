@@ -92,6 +92,11 @@ class Program:
     states: tuple[State, ...] = ()
 
     @property
+    def reads_bytes(self) -> bool:
+        """Whether token ids are taken to be bytes when no tokenizer is given: exactly 256 of them."""
+        return self.vocabulary == 256
+
+    @property
     def vocabulary(self) -> int:
         """Number of logits at each position."""
         (output,) = [node for node in self.graph.graph.nodes if node.op == "output"]
@@ -107,11 +112,15 @@ class Program:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Sequences [sequences, time] to calibrate on, others that calibration never sees, and their source."""
+    """Sequences [sequences, time] to calibrate on, others that calibration never sees, and their source.
+
+    sampled: they were drawn from the model itself
+    """
 
     calibration: Tensor
     heldout: Tensor
     source: str
+    sampled: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,8 +128,8 @@ class DistilledLayer:
     """What one long convolution became.
 
     taps: [filters, length] of the source; system: what stands for them, None where the taps are kept
-    orders: int [filters], real state dimensions; error: relative error of the taps [filters], in the norm the fit
-    used; bound: what no system of that order can go below, same norm [filters]
+    orders: int [filters], real state dimensions; error: relative l2 error of the taps [filters]; bound: what no system
+    of that order can go below, same norm [filters]; heard_error: the error weighted by the input's spectrum [filters]
     hankel_singular_values: [filters, k], relative to the Frobenius norm
     channels: channels that run through these filters
     """
@@ -133,6 +142,7 @@ class DistilledLayer:
     orders: Tensor | None = None
     error: Tensor | None = None
     bound: Tensor | None = None
+    heard_error: Tensor | None = None
     hankel_singular_values: Tensor | None = None
 
 

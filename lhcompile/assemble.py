@@ -26,7 +26,6 @@ from lhcompile.verify.model import BudgetReport, GraphReport, LayerReport, Model
 __all__ = ["VERSIONED", "manifest_of", "report_of", "serialized"]
 
 VERSIONED = ("lhcompile", "torch", "onnx", "onnxruntime", "onnxscript", "numpy")
-BYTE_VOCABULARY = range(256, 513)
 
 
 def manifest_of(
@@ -87,7 +86,7 @@ def manifest_of(
 def _tokenizer(program: Program, file: str | None) -> Tokenizer | None:
     if file is not None:
         return Tokenizer(kind="tokenizers", file=file)
-    return Tokenizer(kind="bytes") if program.vocabulary in BYTE_VOCABULARY else Tokenizer(kind="none")
+    return Tokenizer(kind="bytes") if program.reads_bytes else Tokenizer(kind="none")
 
 
 def _fidelity(stages: list[StageFidelity] | None) -> TokenFidelity | None:

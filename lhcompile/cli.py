@@ -137,6 +137,13 @@ def build(model: Model, **options: Any) -> None:
     rows.append(("files", _sizes(report.files)))
     rows.append(("written to", f"{options['output']}  (report: {options['output'] / 'report.html'})"))
     _print_rows(rows)
+    rise, budget = report.loss_rise, report.budget
+    if budget is not None and rise is not None and rise > budget.requested:
+        err.print(
+            f"[yellow]warning:[/] on held-out tokens the loss rises by {rise:.3%}, more than the budget of "
+            f"{100 * budget.requested:.3g}% that calibration kept; more calibration text or a smaller --budget helps",
+            soft_wrap=True,
+        )
 
 
 @app.command()

@@ -53,7 +53,7 @@ class CalibrationConfig(_Config):
         "One half chooses the orders, the other half gives the figures.",
     )
     tokenizer: Path | None = Field(
-        None, description="tokenizer.json for the text; models of up to 512 tokens read bytes without one."
+        None, description="tokenizer.json for the text; models of 256 tokens read bytes without one."
     )
     sequences: int | None = Field(
         None, ge=2, description="Sequences in each half; 32 without this option, fewer for large models."

@@ -35,6 +35,8 @@ def fft_convolve(u: Tensor, taps: Tensor) -> Tensor:
 
 def per_channel(table: Tensor, channels: int, inner: int) -> Tensor:
     """One column per channel from one per filter: [..., filters] → [..., channels]"""
+    if table.shape[-1] == channels:
+        return table
     outer = channels // (table.shape[-1] * inner)
     repeated = table.repeat_interleave(inner, -1)
     return repeated.repeat(*[1] * (table.ndim - 1), outer)

@@ -42,7 +42,7 @@ from lhcompile.verify.report import render_report
 
 __all__ = ["Progress", "build"]
 
-SAMPLING = DistillConfig(order=32)
+SAMPLING = DistillConfig(order=12, method="hankel")
 """Calibration tokens are sampled from a stand-in of this order when there is no file."""
 PARITY_TIME = 160
 """Tokens a row in the parity gates: several prefill chunks and a remainder."""
@@ -90,7 +90,7 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
         tokens = calibrate(config.calibration, recognized, loaded.parameters, lambda: _stand_in(recognized))
         few = tokens.heldout[:PARITY_ROWS, :PARITY_TIME]
     with progress.stage("distill") as say:
-        distilled = distill(recognized, config.distill, tokens.calibration, say)
+        distilled = distill(recognized, config.distill, tokens.calibration, say, tokens.sampled)
     with progress.stage("streamify"):
         streamed = streamify(distilled.program)
         verify.check_streamed(streamed, distilled.program, few)

@@ -17,6 +17,7 @@ from torch import Tensor
 from lhcompile.artifacts import Program, Tokens
 from lhcompile.config import CalibrationConfig
 from lhcompile.errors import ConfigError
+from lhcompile.parallel import one_thread
 
 __all__ = ["calibrate", "check_readable", "token_limit"]
 
@@ -26,8 +27,8 @@ SEQUENCES = 32
 """Sequences in each half, unless the model is so large that they would be more than `WORK`."""
 WORK = 4 * 10**11
 """Tokens times parameters of one pass over half of the tokens, by default: seconds on two cores."""
-BYTE_VOCABULARY = range(256, 513)
-"""Vocabulary sizes whose first 256 tokens are taken to be bytes when no tokenizer is given."""
+SAMPLED_SEQUENCES, SAMPLED_LENGTH = 16, 512
+"""Most that is sampled for each half: one step of the model for every position."""
 
 
 def calibrate(
@@ -45,9 +46,10 @@ def calibrate(
     length = min(LENGTH, program.context)
     count = config.sequences or max(2, min(SEQUENCES, WORK // (parameters * length)))
     if config.calibration is None:
-        rows = _sample(streamed(), 2 * count, length, limit, config.seed)
-        return Tokens(rows[:count], rows[count:], "sampled from the model")
-    stream = _read(config.calibration, config.tokenizer, limit)
+        count = config.sequences or min(count, SAMPLED_SEQUENCES)
+        rows = _sample(streamed(), 2 * count, min(length, SAMPLED_LENGTH), limit, config.seed)
+        return Tokens(rows[:count], rows[count:], "sampled from the model", sampled=True)
+    stream = _read(config.calibration, config.tokenizer, limit, program.reads_bytes)
     length = min(length, len(stream) // 2)
     if length < 8:
         raise ConfigError(f"{config.calibration} holds {len(stream)} tokens; calibration needs at least 16")
@@ -69,7 +71,7 @@ def token_limit(program: Program) -> int:
     return program.vocabulary
 
 
-def _read(path: Path, tokenizer: Path | None, limit: int) -> Tensor:
+def _read(path: Path, tokenizer: Path | None, limit: int, bytes_: bool) -> Tensor:
     """The token ids of a file, [tokens]."""
     try:
         if path.suffix == ".npy":
@@ -79,7 +81,7 @@ def _read(path: Path, tokenizer: Path | None, limit: int) -> Tensor:
             ids = torch.from_numpy(array.astype(np.int64).reshape(-1))
         elif tokenizer is not None:
             ids = _tokenized(path, tokenizer)
-        elif limit in BYTE_VOCABULARY:
+        elif bytes_:
             ids = torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).astype(np.int64))
         else:
             raise ConfigError(
@@ -124,6 +126,7 @@ def _windows(stream: Tensor, length: int, count: int) -> Tensor:
     return stream[: available * length].reshape(available, length)[chosen]
 
 
+@one_thread()
 @torch.no_grad()
 def _sample(program: Program, rows: int, length: int, limit: int, seed: int) -> Tensor:
     """Sequences drawn token by token at temperature 1 from a random first token, [rows, length]."""

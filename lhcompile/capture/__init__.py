@@ -6,6 +6,9 @@ length. Both exports have the same nodes; a number that differs between them fol
 (`lhcompile.sizes`), and is replaced by an expression of the input's own sizes. The result runs at any batch
 and any length up to the context, and every tensor's axes are known in terms of batch and time.
 
+A module that cuts stored filters to the sequence, `h[:, :L]`, and takes any length all the same is no longer cut at
+lengths above its filters: its context is the length of the shortest filter.
+
     before (at 7 × 1023)                         after
     slice(conv1d, 2, 0, 1023)                    slice(conv1d, 2, 0, t)      t = sym_size(input_ids, 1)
     fft_rfft(u, 2046)                            fft_rfft(u, mul(t, 2))
@@ -17,7 +20,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lhcompile.artifacts import LoadedModel, Program
-from lhcompile.capture.context import probe_context
+from lhcompile.capture.context import probe_context, stored_taps
 from lhcompile.capture.export import export_at
 from lhcompile.capture.generalize import generalize
 from lhcompile.errors import CaptureError
@@ -36,16 +39,37 @@ def capture(loaded: LoadedModel) -> Program:
     """
     with torch.no_grad():
         context = loaded.context_length or probe_context(loaded.module)
-        if context < MINIMUM_CONTEXT:
-            raise CaptureError(
-                f"the context length is {context}; a model needs at least {MINIMUM_CONTEXT} positions to be compiled"
-            )
-        first, second = Point(5, context - 4), Point(7, context - 1)
-        graph = generalize(
-            export_at(loaded.module, first), export_at(loaded.module, second), first, second
-        )
-    _check_output(graph)
+        graph = _capture_at(loaded.module, context)
+        taps = stored_taps(graph)
+        if taps is not None and taps < context and not _agrees(graph, loaded.module, taps // 2):
+            if loaded.context_length is not None:
+                raise CaptureError(
+                    f"its filters hold {taps} taps, fewer than the context of {context}: give --context {taps}"
+                )
+            context, graph = taps, _capture_at(loaded.module, taps)
     return Program(graph=graph, context=context)
+
+
+def _capture_at(module: torch.nn.Module, context: int) -> GraphModule:
+    """The program that both lengths below the context agree on."""
+    if context < MINIMUM_CONTEXT:
+        raise CaptureError(
+            f"the context length is {context}; a model needs at least {MINIMUM_CONTEXT} positions to be compiled"
+        )
+    first, second = Point(5, context - 4), Point(7, context - 1)
+    graph = generalize(export_at(module, first), export_at(module, second), first, second)
+    _check_output(graph)
+    return graph
+
+
+def _agrees(graph: GraphModule, module: torch.nn.Module, time: int) -> bool:
+    """Whether the program is still the module at a length far below those it was made from."""
+    ids = torch.zeros(1, time, dtype=torch.int64)
+    found = graph(ids)
+    while isinstance(found, (tuple, list)):
+        found = found[0]
+    expected = module(ids)
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def _check_output(graph: GraphModule) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch.fx import GraphModule, Node
 
 from lhcompile.errors import CaptureError
 
-__all__ = ["UNBOUNDED_CONTEXT", "probe_context"]
+__all__ = ["UNBOUNDED_CONTEXT", "probe_context", "stored_taps"]
+
+aten = torch.ops.aten
 
 UNBOUNDED_CONTEXT = 2048
 """Context assumed for a module that takes any length; `--context` sets another."""
@@ -38,6 +41,20 @@ def probe_context(module: torch.nn.Module) -> int:
         else:
             bad = middle
     return good
+
+
+def stored_taps(graph: GraphModule) -> int | None:
+    """Length of the shortest filter that is transformed whole, whatever the sequence; None when there is none."""
+    dependent: set[Node] = set()
+    lengths = []
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" or ("size" not in node.meta and dependent & set(node.all_input_nodes)):
+            dependent.add(node)
+        elif node.target in (aten.fft_rfft.default, aten.fft_fft.default):
+            dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1)
+            axis = node.args[0].meta["sizes"][dim]
+            lengths += [axis.offset] if axis.fixed else []
+    return min(lengths, default=None)
 
 
 def _refusal(module: torch.nn.Module, length: int) -> str | None:

@@ -119,8 +119,11 @@ class HankelFactors:
         """Lower bound of the relative error of any system of the given order ≤ rank, [filters].
 
         The σ_k² here are of the projected window, which is at most short by what `order` directions outside
-        the subspace can hold (Ky Fan): that is taken off the tail, so the bound stays on the safe side.
+        the subspace can hold (Ky Fan): that is taken off the tail, so the bound stays on the safe side. Of an order
+        above the rank nothing is known but that the error is not negative.
         """
+        if order > self.rank:
+            return torch.zeros_like(self.energy)
         missed = torch.minimum(self.beyond[:, 0], order * self.beyond[:, 1])
         tail = self.energy * (1 - 1e-13) - self.values[:, :order].square().sum(-1) - missed
         return (tail.clamp_min(0) * self.floor).sqrt()

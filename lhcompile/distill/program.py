@@ -20,10 +20,11 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from lhcompile.artifacts import Distilled, DistilledLayer, Program, Trial, module_path
 from lhcompile.config import DistillConfig
-from lhcompile.distill.reduction import Reduction, checked
+from lhcompile.distill.norm import tap_norm
+from lhcompile.distill.reduction import Reduction, checked, factorize
 from lhcompile.distill.search import Bank, search
 from lhcompile.errors import DistillError
-from lhcompile.measure import loss
+from lhcompile.measure import compare, loss
 
 __all__ = ["distill"]
 
@@ -35,11 +36,14 @@ def distill(
     config: DistillConfig,
     tokens: Tensor | None,
     say: Callable[[str], None] = lambda _: None,
+    sampled: bool = False,
 ) -> Distilled:
     """Replace every long convolution as `config` asks.
 
     tokens: int64 [sequences, time] that weigh the filters and judge the budget; None fits all frequencies alike,
             which needs an order. say: told what is going on, a phrase at a time.
+    sampled: the tokens were drawn from the model itself, where the expected rise of the loss is the KL divergence,
+            which is known far better from few tokens than a difference of losses.
 
     Raises BudgetError, naming the best that was reached, when no order up to `config.max_order` keeps the loss;
     DistillError, naming the module, for a filter that grows.
@@ -59,10 +63,15 @@ def distill(
     else:
         assert tokens is not None
 
-        def loss_of(reduction: Reduction) -> float:
-            return loss(_with_taps(program, nodes, counts, reduction), tokens)
+        reference = loss(program, tokens)
 
-        reduction, trials = search(bank, config, loss(program, tokens), loss_of, say)
+        def loss_of(reduction: Reduction) -> float:
+            model = _with_taps(program, nodes, counts, reduction)
+            if sampled:
+                return reference + compare(program, {"distilled": model}, tokens)["distilled"].kl_mean
+            return loss(model, tokens)
+
+        reduction, trials = search(bank, config, reference, loss_of, say)
     return _replaced(program, nodes, counts, reduction, trials)
 
 
@@ -151,15 +160,19 @@ def _replaced(
 
 
 def _layer(module: GraphModule, node: Node, part: Reduction) -> DistilledLayer:
+    taps = _taps(module, node)
+    norm = tap_norm(taps, None)
+    orders = part.system.orders
     return DistilledLayer(
         module=module_path(node),
         method=part.method,
         channels=_channels(node),
-        taps=_taps(module, node),
+        taps=taps,
         system=part.system,
-        orders=part.system.orders,
-        error=part.error,
-        bound=part.bound,
+        orders=orders,
+        error=norm.relative(norm.taps - part.system.taps(norm.length)),
+        bound=factorize(taps, int(orders.max())).bound(int(orders.max())),
+        heard_error=part.error,
         hankel_singular_values=part.hankel_singular_values,
     )
 

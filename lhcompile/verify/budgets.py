@@ -16,7 +16,12 @@ class Tolerance:
     reason: str
 
 
-CAPTURED = Tolerance("captured", 1e-5, "the same operators in the same order; only fused kernels may round differently")
+CAPTURED = Tolerance(
+    "captured",
+    1e-5,
+    "the same operators in the same order, only fused kernels may round differently; a module that takes longer "
+    "sequences than its filters last needs --context",
+)
 RECOGNIZED = Tolerance(
     "recognized", 5e-4, "taps are read back from single-precision spectra: 1e-7 a tap, over all taps and layers"
 )

@@ -57,7 +57,8 @@ class LayerReport(_Part):
 
     order_max, order_mean: 0 where taps are kept as they are
     tap_error: relative l2 distance of the taps, worst filter; None where taps are kept as they are
-    hankel_bound: what the discarded Hankel singular values say about it, in the same unit
+    hankel_bound: what no system of this order can go below for that filter, in the same unit
+    heard_error: the distance weighted by what the filters hear, worst filter
     state_bytes: per sequence
     """
 
@@ -69,6 +70,7 @@ class LayerReport(_Part):
     order_mean: float
     tap_error: float | None = None
     hankel_bound: float | None = None
+    heard_error: float | None = None
     state_bytes: int
 
 

@@ -28,6 +28,7 @@ def layers_of(distilled: Distilled, states: tuple[State, ...]) -> list[LayerRepo
 
 def _layer(layer: DistilledLayer, state: State) -> LayerReport:
     orders = layer.orders.double() if layer.orders is not None else torch.zeros(1)
+    worst = None if layer.error is None else int(layer.error.argmax())
     return LayerReport(
         module=layer.module,
         method=layer.method,
@@ -35,8 +36,9 @@ def _layer(layer: DistilledLayer, state: State) -> LayerReport:
         channels=layer.channels,
         order_max=int(orders.max()),
         order_mean=float(orders.mean()),
-        tap_error=None if layer.error is None else float(layer.error.max()),
-        hankel_bound=None if layer.bound is None else float(layer.bound.max()),
+        tap_error=None if worst is None else float(layer.error[worst]),  # type: ignore[index]
+        hankel_bound=None if worst is None or layer.bound is None else float(layer.bound[worst]),
+        heard_error=None if layer.heard_error is None else float(layer.heard_error.max()),
         state_bytes=state_bytes((state,)),
     )
 

@@ -114,7 +114,7 @@ FAULTS: dict[str, tuple[Callable[[State], Any], str]] = {
     "NaN": (lambda s: s[LN].__setitem__(2, float("nan")), f"'{LN}' holds NaN or infinite values"),
     "Inf": (lambda s: s[LN].__setitem__(2, float("-inf")), f"'{LN}' holds NaN or infinite values"),
     "another family": (
-        lambda s: [s.update({f"h.{key}": s.pop(key)}) for key in list(s)],
+        lambda s: [s.update({f"h.{key}".replace("mixer", "attn"): s.pop(key)}) for key in list(s)],
         r"the keys \('h\.\S+', …\) are of no known family; give package\.module:factory and --checkpoint",
     ),
     "context of 1": (

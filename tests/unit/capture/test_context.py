@@ -87,3 +87,34 @@ def test_a_context_that_is_too_short(context: int) -> None:
     message = f"the context length is {context}; a model needs at least 8 positions to be compiled"
     with pytest.raises(CaptureError, match=message):
         capture(tiny(Mixer, context=context))
+
+
+class Stored(nn.Module):
+    """Filters of 24 taps, cut to the sequence; the module takes longer sequences without a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.taps = nn.Parameter(torch.randn(4, 24))
+        self.embedding, self.head = nn.Embedding(8, 4), nn.Linear(4, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        time = ids.shape[1]
+        u, taps = self.embedding(ids).transpose(1, 2), self.taps[:, :time]
+        y = torch.fft.irfft(torch.fft.rfft(u, n=2 * time) * torch.fft.rfft(taps, n=2 * time), n=2 * time)
+        return self.head(y[..., :time].transpose(1, 2))
+
+
+def test_a_module_that_outlasts_its_filters_has_their_length_as_context() -> None:
+    module = Stored().eval()
+    program = capture(LoadedModel(module, "module", None, 0, ""))
+    assert program.context == 24
+    for time in (3, 12, 24):
+        ids = torch.randint(0, 8, (2, time))
+        with torch.no_grad():
+            torch.testing.assert_close(program(ids), module(ids))
+
+
+def test_a_context_longer_than_the_filters_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"hold 24 taps, fewer than the context of 100: give --context 24"):
+        capture(LoadedModel(Stored().eval(), "module", 100, 0, ""))

@@ -1,0 +1,56 @@
+"""Figures of fidelity against sums written out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lhcompile.measure import Model, compare, loss
+
+P = [0.7, 0.2, 0.1]
+Q = [0.05, 0.9, 0.05]
+TOKENS = torch.tensor([[0, 1, 0, 2], [2, 0, 0, 1]])
+
+
+def always(probabilities: list[float]) -> Model:
+    """A model that gives the same probabilities at every position, with logits shifted by 3."""
+    logits = torch.tensor(probabilities).log() + 3
+
+    def model(tokens: Tensor) -> Tensor:
+        return logits.expand(*tokens.shape, 3)
+
+    return model
+
+
+def test_loss_is_the_mean_cross_entropy_of_all_but_the_first_token() -> None:
+    predicted = [1, 0, 2, 0, 0, 1]
+    assert loss(always(P), TOKENS) == pytest.approx(-sum(math.log(P[t]) for t in predicted) / 6, rel=1e-6)
+
+
+def test_divergence_is_taken_from_the_reference_and_is_not_symmetric() -> None:
+    forwards = sum(p * math.log(p / q) for p, q in zip(P, Q, strict=True))
+    backwards = sum(q * math.log(q / p) for p, q in zip(P, Q, strict=True))
+    assert abs(forwards - backwards) > 0.01
+    found = compare(always(P), {"other": always(Q)}, TOKENS)["other"]
+    assert found.kl_mean == pytest.approx(forwards, rel=1e-6)
+    assert found.tokens == 6
+    assert found.loss == pytest.approx(loss(always(Q), TOKENS), rel=1e-6)
+    expected = max(abs(math.log(p / q)) for p, q in zip(P, Q, strict=True))
+    assert found.max_logit_difference == pytest.approx(expected, rel=1e-5)
+
+
+def test_agreement_counts_positions_with_the_same_most_likely_token() -> None:
+    def half(tokens: Tensor) -> Tensor:
+        """Like P in the first half of the positions, like Q in the rest."""
+        logits = always(P)(tokens).clone()
+        logits[:, tokens.shape[1] // 2 :] = always(Q)(tokens)[:, tokens.shape[1] // 2 :]
+        return logits
+
+    found = compare(always(P), {"half": half, "never": always(Q)}, TOKENS)
+    assert found["half"].top1_agreement == 0.5
+    assert found["never"].top1_agreement == 0.0
+    assert found["reference"].top1_agreement == 1.0
+    assert found["reference"].kl_mean == pytest.approx(0.0, abs=1e-12)
