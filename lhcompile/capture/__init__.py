@@ -7,7 +7,7 @@ length. Both exports have the same nodes; a number that differs between them fol
 and any length up to the context, and every tensor's axes are known in terms of batch and time.
 
 A module that cuts stored filters to the sequence, `h[:, :L]`, and takes any length all the same is no longer cut at
-lengths above its filters: its context is the length of the shortest filter.
+lengths above its filters: where nobody says its context, that is the length of the shortest filter.
 
     before (at 7 × 1023)                         after
     slice(conv1d, 2, 0, 1023)                    slice(conv1d, 2, 0, t)      t = sym_size(input_ids, 1)
@@ -40,12 +40,8 @@ def capture(loaded: LoadedModel) -> Program:
     with torch.no_grad():
         context = loaded.context_length or probe_context(loaded.module)
         graph = _capture_at(loaded.module, context)
-        taps = stored_taps(graph)
-        if taps is not None and taps < context and not _agrees(graph, loaded.module, taps // 2):
-            if loaded.context_length is not None:
-                raise CaptureError(
-                    f"its filters hold {taps} taps, fewer than the context of {context}: give --context {taps}"
-                )
+        taps = stored_taps(graph) if loaded.context_length is None else None
+        if taps is not None and MINIMUM_CONTEXT <= taps < context and not _agrees(graph, loaded.module, taps // 2):
             context, graph = taps, _capture_at(loaded.module, taps)
     return Program(graph=graph, context=context)
 

@@ -227,6 +227,30 @@ def test_generating_stays_within_bounds(example: Build) -> None:
 
 
 @pytest.mark.slow
+def test_reading_on_is_no_worse_than_starting_anew(example: Build) -> None:
+    """After 64 000 bytes of text, far beyond the context, the loss on the next 16 windows is below that of windows
+    which each start without memory: what the states keep of long ago does no harm."""
+    text = np.frombuffer((ROOT / "examples/pysource/heldout.txt").read_bytes(), np.uint8).astype(np.int64)
+    windows = text[64_000 : 64_000 + 16 * 1024].reshape(16, 1024)
+    session = Session.load(example.path)
+    session.prefill(text[:64_000], last_only=True)
+    onward = [mean_loss(session.prefill(window)[0], window) for window in windows]
+    anew = []
+    for window in windows:
+        session.reset()
+        anew.append(mean_loss(session.prefill(window)[0], window))
+    assert np.mean(onward) < np.mean(anew)
+
+
+def mean_loss(logits: np.ndarray, tokens: np.ndarray) -> float:
+    """Nats a token of tokens [time] after the first, predicted by logits [time, vocabulary]."""
+    scores = logits[:-1].astype(np.float64)
+    top = scores.max(-1)
+    chosen = np.take_along_axis(scores, tokens[1:, None], -1)[:, 0]
+    return float((top + np.log(np.exp(scores - top[:, None]).sum(-1)) - chosen).mean())
+
+
+@pytest.mark.slow
 def test_the_recurrence_in_single_precision_stays_with_double(example: Build) -> None:
     """The step graph's own nodes from (state, input) to the next state, all layers, in float32 and in float64.
 

@@ -7,6 +7,7 @@ import torch
 from models import VOCAB, Hyena, Mixer, tiny
 from torch import Tensor, nn
 
+from lhcompile.artifacts import LoadedModel
 from lhcompile.capture import capture
 from lhcompile.capture.context import UNBOUNDED_CONTEXT, probe_context
 from lhcompile.errors import CaptureError
@@ -113,8 +114,3 @@ def test_a_module_that_outlasts_its_filters_has_their_length_as_context() -> Non
         ids = torch.randint(0, 8, (2, time))
         with torch.no_grad():
             torch.testing.assert_close(program(ids), module(ids))
-
-
-def test_a_context_longer_than_the_filters_is_refused() -> None:
-    with pytest.raises(CaptureError, match=r"hold 24 taps, fewer than the context of 100: give --context 24"):
-        capture(LoadedModel(Stored().eval(), "module", 100, 0, ""))
