@@ -29,8 +29,11 @@ err = Console(stderr=True, highlight=False)
 UsageError: Any = typer.BadParameter.__base__  # click's own, or that of the copy of click inside typer
 INTERRUPTED = 130
 
-Model = Annotated[str, typer.Argument(help="Checkpoint file, package.module:factory, or torch.export archive (.pt2).")]
-Directory = Annotated[Path, typer.Argument(help="A built directory.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Checkpoint file, package.module:factory, or torch.export archive (.pt2)."),
+]
+Directory = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="A built directory.")]
 
 
 def main() -> None:
@@ -149,7 +152,7 @@ def build(model: Model, **options: Any) -> None:
 @app.command()
 @with_options("load")
 def inspect(
-    model: Annotated[str, typer.Argument(help="A built directory or a model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A built directory or a model.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON; of a built directory, its manifest.")] = False,
     **options: Any,
 ) -> None:
