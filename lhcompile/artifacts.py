@@ -148,12 +148,16 @@ class DistilledLayer:
 
 @dataclass(frozen=True)
 class Trial:
-    """One order of the search: the loss on calibration tokens, and its rise relative to the source's loss."""
+    """One allocation of the search, measured on calibration tokens.
 
-    order: int
+    order: mean over the filters; loss: nats per token; rise: of the loss, relative to the source's
+    expected: the relative rise to be expected of other tokens, which the budget is held against
+    """
+
+    order: float
     loss: float
     rise: float
-    method: str
+    expected: float
 
 
 @dataclass(frozen=True)

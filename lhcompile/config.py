@@ -74,10 +74,11 @@ class DistillConfig(_Config):
     exact: bool = Field(False, description="Keep every convolution's own taps over a ring buffer.")
     method: Method = Field(
         "auto",
-        description="How filters are reduced: hankel (seconds), varpro (poles refined), or auto, which searches with "
-        "the first and goes below it with the second.",
+        description="How filters are reduced: hankel (seconds), varpro (poles refined), or auto, which refines orders "
+        "up to 8.",
     )
     max_order: int = Field(64, ge=1, le=512, description="Largest order the budget may use.")
+    uniform: bool = Field(False, description="One order for all filters, for runtimes that need equal states.")
 
     @model_validator(mode="after")
     def _one_way(self) -> DistillConfig:

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from lhcompile.parallel import side_by_side
 
-__all__ = ["Agreement", "Model", "compare", "loss"]
+__all__ = ["Agreement", "Model", "compare", "divergences", "loss", "losses"]
 
 Model = Callable[[Tensor], Tensor]
 BYTES = 1 << 28
@@ -67,15 +67,31 @@ def compare(reference: Model, models: Mapping[str, Model], tokens: Tensor) -> di
     return result
 
 
-@torch.no_grad()
 def loss(model: Model, tokens: Tensor) -> float:
     """Mean cross entropy of the next token, nats, over tokens [sequences, time]."""
+    return float(losses(model, tokens).mean())
 
-    def total(rows: Tensor) -> float:
+
+@torch.no_grad()
+def losses(model: Model, tokens: Tensor) -> Tensor:
+    """Mean cross entropy of the next token in each of the tokens' rows [sequences, time], nats, float64 [sequences]."""
+
+    def mean(rows: Tensor) -> Tensor:
         logits = model(rows)[:, :-1].double()
-        return float(cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"))
+        return cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").mean(1)
 
-    return sum(side_by_side(total, _slices(model, tokens))) / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return torch.cat(side_by_side(mean, _slices(model, tokens)))
+
+
+@torch.no_grad()
+def divergences(reference: Model, model: Model, tokens: Tensor) -> Tensor:
+    """Mean KL(reference ‖ model) over the positions of each row [sequences, time], nats, float64 [sequences]."""
+
+    def mean(rows: Tensor) -> Tensor:
+        theirs, ours = (side(rows).double().log_softmax(-1) for side in (reference, model))
+        return (theirs.exp() * (theirs - ours)).sum(-1).mean(1)
+
+    return torch.cat(side_by_side(mean, _slices(model, tokens)))
 
 
 def _slices(model: Model, tokens: Tensor) -> Iterator[Tensor]:

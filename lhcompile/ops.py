@@ -8,13 +8,16 @@ Filters are shared between channels: with F filters and `inner` = R, channel n i
 which covers one filter per channel (R = 1, F = channels), filters shared by whole groups (heads outermost:
 R = channels / F) and heads innermost (R = 1, F < channels).
 
-Nothing in these bodies depends on how time was cut, except the rounding.
+Nothing in these bodies depends on how time was cut, except the rounding. The two convolutions have gradients.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.grad import conv1d_input, conv1d_weight
 
 from lhcompile.ssm import real_powers, swap
 
@@ -99,20 +102,39 @@ def _(u: Tensor, taps: Tensor, state: Tensor | None, inner: int) -> tuple[Tensor
 
 @torch.library.custom_op("lhc::modal_ssm", mutates_args=())
 def modal_ssm(
-    u: Tensor, own: Tensor, other: Tensor, readout: Tensor, direct: Tensor, state: Tensor | None, inner: int
+    u: Tensor,
+    own: Tensor,
+    other: Tensor,
+    readout: Tensor,
+    direct: Tensor,
+    kept: Tensor | None,
+    state: Tensor | None,
+    inner: int,
 ) -> tuple[Tensor, Tensor]:
     """A modal state-space system in real form (`lhcompile.ssm`): the distilled long convolution.
 
         s_t = own ∘ s_{t-1} + other ∘ swap(s_{t-1}) + u_t,   y_t = Σ_rows readout ∘ s_t + D u_t
 
     u: [batch, time, channels]; own, other, readout: [order, filters]; direct: [filters]
-    state: [batch, order, channels] → y like u, new state
+    kept: int64 [states], ascending, the entries of the flattened [order · filters] tables that are states, where
+        filters differ in order (`RealModal.kept`); the tables are zero at all others. None: every entry is.
+    state: [batch, order, channels], or packed with `kept`: [batch, 1, outer · states · inner], laid out like the
+        channels [outer · filters · inner] → y like u, new state
 
     Evaluated in closed form (taps by FFT, states by powers of A), in u's dtype with the powers in float64.
     """
+    if kept is not None and state is not None:
+        state = _unpacked(state, kept, own.shape, u.shape[2], inner)
+    evaluate = _modal_step if u.shape[1] == 1 else _modal_whole
+    y, last = evaluate(u, own, other, readout, direct, state, inner)
+    return y, (last if kept is None else _packed(last, kept, own.shape, inner))
+
+
+def _modal_whole(
+    u: Tensor, own: Tensor, other: Tensor, readout: Tensor, direct: Tensor, state: Tensor | None, inner: int
+) -> tuple[Tensor, Tensor]:
+    """Any number of tokens of `modal_ssm`, in closed form."""
     channels = u.shape[2]
-    if u.shape[1] == 1:
-        return _modal_step(u, own, other, readout, direct, state, inner)
     owns, others = real_powers(own.double(), other.double(), u.shape[1])
     driven = owns[:-1] + others[:-1]  # A^t (1, …, 1): [time, order, filters]
     taps = (driven * readout.double()).sum(1).T
@@ -140,8 +162,82 @@ def _modal_step(
     return (c * s).sum(1, keepdim=True) + d * u, s
 
 
+def _unpacked(state: Tensor, kept: Tensor, table: torch.Size, channels: int, inner: int) -> Tensor:
+    """[batch, 1, outer · states · inner] → [batch, order, channels], zero where no state is; table: (order, filters)"""
+    order, filters = table
+    full = state.new_zeros(state.shape[0], channels // (filters * inner), order * filters, inner)
+    full[:, :, kept] = state.unflatten(2, (-1, len(kept), inner)).squeeze(1)
+    return full.unflatten(2, (order, filters)).transpose(1, 2).flatten(2)
+
+
+def _packed(state: Tensor, kept: Tensor, table: torch.Size, inner: int) -> Tensor:
+    """The inverse of `_unpacked`; what stands where no state is, is dropped."""
+    full = state.unflatten(2, (-1, table[1], inner)).transpose(1, 2).flatten(2, 3)  # [batch, outer, entries, inner]
+    return full[:, :, kept].flatten(1).unsqueeze(1)
+
+
 @modal_ssm.register_fake
 def _(
-    u: Tensor, own: Tensor, other: Tensor, readout: Tensor, direct: Tensor, state: Tensor | None, inner: int
+    u: Tensor,
+    own: Tensor,
+    other: Tensor,
+    readout: Tensor,
+    direct: Tensor,
+    kept: Tensor | None,
+    state: Tensor | None,
+    inner: int,
 ) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), u.new_empty(u.shape[0], own.shape[0], u.shape[2])
+    order, filters = own.shape
+    shape = (order, u.shape[2]) if kept is None else (1, u.shape[2] // filters * kept.shape[0])
+    return u.new_empty(u.shape), u.new_empty(u.shape[0], *shape)
+
+
+# ---- gradients of the convolutions, of whole sequences only ---------------------------------------------------------
+
+
+def _save_fir(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, int], output: Any) -> None:
+    u, weight, _, state, ctx.groups = inputs
+    _whole(state)
+    ctx.save_for_backward(u, weight)
+
+
+def _fir_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    """y = conv1d of u padded in front; grad [batch, time, out]."""
+    u, weight = ctx.saved_tensors
+    past, grad = weight.shape[-1] - 1, grad.transpose(1, 2)
+    window = torch.nn.functional.pad(u.transpose(1, 2), (past, 0))
+    by_window = conv1d_input(window.shape, weight, grad, groups=ctx.groups)
+    by_weight = conv1d_weight(window, weight.shape, grad, groups=ctx.groups) if ctx.needs_input_grad[1] else None
+    by_bias = grad.sum((0, 2)) if ctx.needs_input_grad[2] else None
+    return by_window[..., past:].transpose(1, 2), by_weight, by_bias, None, None
+
+
+def _save_long_conv(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: Any) -> None:
+    u, taps, state, ctx.inner = inputs
+    _whole(state)
+    ctx.save_for_backward(u, taps)
+
+
+def _long_conv_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    """Both are correlations: ∂u_s = Σ_t g_t h_{t-s}, ∂h_k = Σ_t g_t u_{t-k}, summed over the channels of a filter."""
+    u, taps = ctx.saved_tensors
+    grouped = (1, (-1, taps.shape[0], ctx.inner))
+    heard, felt = u.transpose(1, 2).unflatten(*grouped), grad.transpose(1, 2).unflatten(*grouped)
+    backwards = felt.flip(-1)
+    by_u = fft_convolve(backwards, taps[:, None, :]).flip(-1).flatten(1, 3).transpose(1, 2)
+    by_taps = None
+    if ctx.needs_input_grad[1]:
+        size = 2 * u.shape[1]
+        spectrum = (torch.fft.rfft(felt, n=size) * torch.fft.rfft(heard, n=size).conj()).sum((0, 1, 3))
+        found = torch.fft.irfft(spectrum, n=size)[:, : min(u.shape[1], taps.shape[1])]
+        by_taps = torch.nn.functional.pad(found, (0, taps.shape[1] - found.shape[1])).to(taps.dtype)
+    return by_u, by_taps, None, None
+
+
+def _whole(state: Tensor | None) -> None:
+    if state is not None:
+        raise NotImplementedError("gradients are of whole sequences: the operator has a state")
+
+
+fir.register_autograd(_fir_backward, setup_context=_save_fir)
+long_conv.register_autograd(_long_conv_backward, setup_context=_save_long_conv)

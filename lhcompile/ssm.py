@@ -35,12 +35,24 @@ class RealModal:
     """A bank of modal systems in real form.
 
     own, other, readout: [order, filters]; direct: [filters]
+
+    Filters may differ in order: what one of smaller order does not use is zero in all three tables.
     """
 
     own: Tensor
     other: Tensor
     readout: Tensor
     direct: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """The entries of the flattened tables that are states, int64 [states], ascending: where a table is not zero.
+
+        The two rows of a conjugate pair stay together, for both have the other's part of the pole. A bank without any
+        state keeps its first entry, which nobody hears: a state is never empty.
+        """
+        entries = ((self.own != 0) | (self.other != 0) | (self.readout != 0)).flatten().nonzero().squeeze(1)
+        return entries if len(entries) else torch.zeros(1, dtype=torch.int64, device=entries.device)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import HeadsInnermost, HeadsOutermost, Hyena, Mixed, program_of, with_modal
+from models import ORDERS, HeadsBetween, HeadsInnermost, HeadsOutermost, Hyena, Mixed, program_of, with_modal
 
 from lhcompile.artifacts import Lowered, Program
 from lhcompile.config import LowerConfig
@@ -18,7 +18,7 @@ torch.set_num_threads(1)  # the models are tiny: a second thread only waits for 
 
 TINY_MODELS = {
     "per channel": (Hyena, Mixed),
-    "shared": (HeadsInnermost, HeadsOutermost),
+    "shared": (HeadsInnermost, HeadsOutermost, HeadsBetween),
 }
 
 
@@ -31,15 +31,18 @@ class Built:
 
 
 @pytest.fixture(scope="session")
-def built() -> Callable[[str, bool], Built]:
-    """built(name in TINY_MODELS, modal): the model with its long convolutions kept, or with modal systems instead."""
-    made: dict[tuple[str, bool], Built] = {}
+def built() -> Callable[[str, str], Built]:
+    """built(name in TINY_MODELS, form): the model with its long convolutions kept ("exact"), or with modal systems of
+    one order ("modal") or of mixed orders ("packed") instead."""
+    made: dict[tuple[str, str], Built] = {}
 
-    def get(name: str, modal: bool) -> Built:
-        if (name, modal) not in made:
+    def get(name: str, form: str) -> Built:
+        if (name, form) not in made:
             program = program_of(*TINY_MODELS[name])
-            streamed = streamify(with_modal(program) if modal else program)
-            made[name, modal] = Built(streamed, lower(streamed, LowerConfig(target="portable")))
-        return made[name, modal]
+            if form != "exact":
+                program = with_modal(program, orders=ORDERS if form == "packed" else None)
+            streamed = streamify(program)
+            made[name, form] = Built(streamed, lower(streamed, LowerConfig(target="portable")))
+        return made[name, form]
 
     return get

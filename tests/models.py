@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Node
 
 from lhcompile.artifacts import LoadedModel, Program
 from lhcompile.capture import capture
@@ -16,14 +18,17 @@ from lhcompile.ssm import ModalSSM
 __all__ = [
     "CONTEXT",
     "HEADS",
+    "ORDERS",
     "VOCAB",
     "WIDTH",
+    "HeadsBetween",
     "HeadsInnermost",
     "HeadsOutermost",
     "Hyena",
     "Mixed",
     "Mixer",
     "convolve",
+    "of_orders",
     "operators",
     "program_of",
     "random_modal",
@@ -32,6 +37,8 @@ __all__ = [
 ]
 
 VOCAB, WIDTH, HEADS, CONTEXT = 20, 8, 2, 32
+ORDERS = (5, 2, 0, 1, 6, 3, 4)
+"""Orders of a layer's filters where they differ: pairs and real poles, one alone in its slot, one filter of none."""
 
 
 class Mixer(nn.Module):
@@ -145,6 +152,18 @@ class HeadsOutermost(Mixer):
         return torch.einsum("bhit,bhijt->bhjt", q, y).reshape(batch, WIDTH, time).transpose(1, 2)
 
 
+class HeadsBetween(Mixer):
+    """The same with the head between them, [batch, d1, heads, d2, time]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, _ = x.shape
+        z = self.short(x.transpose(1, 2))[..., :time]
+        q, k, v = (part.reshape(batch, HEADS, -1, time) for part in z.split(WIDTH, dim=1))
+        kv = torch.einsum("bhit,bhjt->bihjt", k, v)
+        y = convolve(kv, self.head_taps[:, None])
+        return torch.einsum("bhit,bihjt->bhjt", q, y).reshape(batch, WIDTH, time).transpose(1, 2)
+
+
 class Mixed(Mixer):
     """Short convolutions of every kind (dense, grouped, spread, a shift), beside a filter that all channels share."""
 
@@ -181,10 +200,22 @@ def random_modal(filters: int, slots: int, generator: torch.Generator, largest: 
     return ModalSSM(poles.flatten(1), residues.flatten(1), draw(filters) - 0.5)
 
 
-def with_modal(program: Program, slots: int = 3, largest: float = 0.97) -> Program:
+def of_orders(system: ModalSSM, orders: Sequence[int]) -> ModalSSM:
+    """Filter f keeps the first orders[f] of its poles; the last of an odd number becomes real."""
+    poles, residues = system.poles.clone(), system.residues.clone()
+    for f, order in enumerate(orders):
+        for table in (poles, residues):
+            table[f, order:] = 0
+            if order % 2:
+                table.imag[f, order - 1] = 0
+    return ModalSSM(poles, residues, system.direct)
+
+
+def with_modal(program: Program, slots: int = 3, largest: float = 0.97, orders: Sequence[int] | None = None) -> Program:
     """A recognized program with a random stable system in place of every long convolution; changes `program`.
 
     largest: the modulus that no pole exceeds
+    orders: taken in turn by the filters of a layer, whose states are packed; None for rectangular states
     """
     module = program.graph
     generator = torch.Generator().manual_seed(1)
@@ -192,12 +223,17 @@ def with_modal(program: Program, slots: int = 3, largest: float = 0.97) -> Progr
         if node.target != torch.ops.lhc.long_conv.default:
             continue
         u, taps, state, inner = node.args
-        system = random_modal(getattr(module, taps.target).shape[0], slots, generator, largest).real()
-        weights = []
-        for name in ("own", "other", "readout", "direct"):
-            module.register_buffer(f"{node.name}_{name}", getattr(system, name).float())
+        filters = getattr(module, taps.target).shape[0]
+        system = random_modal(filters, slots, generator, largest)
+        system = system if orders is None else of_orders(system, (list(orders) * filters)[:filters])
+        weights: list[Node | None] = []
+        for name in ("own", "other", "readout", "direct", "kept"):
+            table = getattr(system.real(), name)
+            module.register_buffer(f"{node.name}_{name}", table if name == "kept" else table.float())
             with module.graph.inserting_before(node):
                 weights.append(module.graph.get_attr(f"{node.name}_{name}"))
+        if orders is None:
+            weights[-1] = None
         node.target = torch.ops.lhc.modal_ssm.default
         node.args = (u, *weights, state, inner)
     module.graph.eliminate_dead_code()

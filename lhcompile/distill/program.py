@@ -1,34 +1,40 @@
 """Stage: recognized program in, program whose long convolutions are modal systems out.
 
 All filters of the model are reduced as one bank. Their error is weighted by the spectrum each one hears on the
-calibration tokens: what a filter never hears costs nothing. The order is given, or the smallest whose loss on those
-tokens stays within the budget.
+calibration tokens: what a filter never hears costs nothing. The order is given, or each filter gets its own, so that
+the loss on those tokens stays within the budget with as little state as can be.
 
     before                                      after
-    y, s = lhc.long_conv(u, taps, None, R)      y, s = lhc.modal_ssm(u, …, None, R)
+    y, s = lhc.long_conv(u, taps, None, R)      y, s = lhc.modal_ssm(u, …, kept, None, R)
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from lhcompile.artifacts import Distilled, DistilledLayer, Program, Trial, module_path
 from lhcompile.config import DistillConfig
+from lhcompile.distill.bank import Bank
+from lhcompile.distill.convolutions import Convolutions, copied, taps_of
 from lhcompile.distill.norm import tap_norm
-from lhcompile.distill.reduction import Reduction, checked, factorize
-from lhcompile.distill.search import Bank, search
-from lhcompile.errors import DistillError
-from lhcompile.measure import compare, loss
+from lhcompile.distill.reduction import Reduction, factorize
+from lhcompile.distill.search import search
+from lhcompile.measure import divergences, losses
+from lhcompile.ssm import ModalSSM
 
 __all__ = ["distill"]
 
 lhc = torch.ops.lhc
+_PROBES = (0, 1, 2, 4)
+"""Orders whose errors measure the sensitivities."""
+_EVERY = 4
+"""One sequence of so many gives the KL divergence, which is the same everywhere."""
+_PACKED = 1 / 2
+"""A layer's states are packed where they fill at most this part of the rectangle (docs/decisions/005)."""
 
 
 def distill(
@@ -48,121 +54,96 @@ def distill(
     Raises BudgetError, naming the best that was reached, when no order up to `config.max_order` keeps the loss;
     DistillError, naming the module, for a filter that grows.
     """
-    nodes = [node for node in program.graph.graph.nodes if node.target == lhc.long_conv.default]
-    if config.exact or not nodes:
+    if config.exact:
+        nodes = [node for node in program.graph.graph.nodes if node.target == lhc.long_conv.default]
         return Distilled(program, tuple(_kept(program.graph, node) for node in nodes))
-    taps, counts = _bank(program.graph, nodes)
+    convolutions = Convolutions(program)
+    if not convolutions.nodes:
+        return Distilled(program, ())
     weights = None
     if tokens is not None:
         say("listening to the convolutions' inputs")
-        weights = _heard(program.graph, nodes, tokens, taps.shape[1])
-    bank = Bank(taps, weights, say)
+        weights = convolutions.heard(tokens)
+    bank = Bank(convolutions.taps, weights, config.method, say)
     trials: tuple[Trial, ...] = ()
     if config.order is not None:
-        reduction = bank.reduce(config.order, config.method)
+        reduction = bank.reduce(config.order)
     else:
         assert tokens is not None
-
-        reference = loss(program, tokens)
-
-        def loss_of(reduction: Reduction) -> float:
-            model = _with_taps(program, nodes, counts, reduction)
-            if sampled:
-                return reference + compare(program, {"distilled": model}, tokens)["distilled"].kl_mean
-            return loss(model, tokens)
-
-        reduction, trials = search(bank, config, reference, loss_of, say)
-    return _replaced(program, nodes, counts, reduction, trials)
+        reduction, trials = _within_budget(convolutions, bank, config, tokens, say, sampled)
+    return _replaced(convolutions, reduction, trials, uniform=config.uniform or config.order is not None)
 
 
-def _bank(module: GraphModule, nodes: Sequence[Node]) -> tuple[Tensor, list[int]]:
-    """All taps as [filters of all layers, length], and the filters of each layer.
+def _within_budget(
+    convolutions: Convolutions,
+    bank: Bank,
+    config: DistillConfig,
+    tokens: Tensor,
+    say: Callable[[str], None],
+    sampled: bool,
+) -> tuple[Reduction, tuple[Trial, ...]]:
+    """The smallest state whose loss on the tokens stays within the budget."""
+    program = convolutions.program
+    probes = [bank.reduce(order, "hankel") for order in _PROBES]
+    say("measuring how sensitive the model is to each filter")
+    sensitivity = convolutions.sensitivity(tokens, probes)
+    reference = losses(program, tokens)
 
-    Raises DistillError, naming the module, for taps that no stable system can stand for.
-    """
-    taps = [_checked_taps(module, node) for node in nodes]
-    length = max(x.shape[1] for x in taps)
-    bank = torch.cat([torch.nn.functional.pad(x, (0, length - x.shape[1])) for x in taps])
-    return bank, [x.shape[0] for x in taps]
+    def measured(reduction: Reduction) -> tuple[Tensor, Tensor]:
+        model = convolutions.with_taps(reduction.system.taps(convolutions.taps.shape[1]))
+        if sampled:
+            found = divergences(program, model, tokens)
+            return found, found
+        return losses(model, tokens) - reference, divergences(program, model, tokens[::_EVERY])
 
-
-def _checked_taps(module: GraphModule, node: Node) -> Tensor:
-    try:
-        return checked(_taps(module, node))
-    except DistillError as error:
-        raise DistillError(f"{module_path(node)}: {error}; --exact keeps taps as they are") from None
-
-
-def _taps(module: GraphModule, node: Node) -> Tensor:
-    return getattr(module, str(node.args[1].target)).detach()  # type: ignore[union-attr]
-
-
-class _Ear(Interpreter):
-    """Runs a program and adds up the power spectrum of what each long convolution is given."""
-
-    def __init__(self, module: GraphModule, nodes: Sequence[Node], length: int) -> None:
-        super().__init__(module)
-        self.power: dict[Node, Tensor | float] = dict.fromkeys(nodes, 0.0)
-        self.length = length
-
-    def run_node(self, n: Node) -> object:
-        if n in self.power:
-            u, taps, _, inner = cast(tuple[Tensor, Tensor, None, int], self.fetch_args_kwargs_from_env(n)[0])
-            spectrum = torch.fft.rfft(u, n=2 * self.length, dim=1).abs().square()  # [batch, bins, channels]
-            grouped = spectrum.unflatten(2, (-1, taps.shape[0], inner))
-            self.power[n] = self.power[n] + grouped.double().mean(dim=(0, 2, 4)).T
-        return super().run_node(n)
+    return search(bank, config, float(reference.mean()), sensitivity, measured, say)
 
 
-@torch.no_grad()
-def _heard(module: GraphModule, nodes: Sequence[Node], tokens: Tensor, length: int) -> Tensor:
-    """Power spectrum of each filter's input on the tokens, [filters of all layers, length + 1]."""
-    ear = _Ear(module, nodes, length)
-    for rows in tokens.split(4):
-        ear.run(rows)
-    return torch.cat([torch.as_tensor(ear.power[node]) for node in nodes])
-
-
-def _with_taps(program: Program, nodes: Sequence[Node], counts: list[int], reduction: Reduction) -> Program:
-    """The program with its taps replaced by those of the systems: what the distilled model computes on a whole
-    sequence, without states."""
-    module = _copy(program.graph)
-    taps = reduction.system.taps(max(_taps(program.graph, node).shape[1] for node in nodes))
-    for node, fitted in zip(nodes, taps.split(counts), strict=True):
-        setattr(module, str(node.args[1].target), fitted.float())  # type: ignore[union-attr]
-    return Program(module, program.context)
-
-
-def _replaced(
-    program: Program, nodes: Sequence[Node], counts: list[int], reduction: Reduction, trials: tuple[Trial, ...]
-) -> Distilled:
+def _replaced(convolutions: Convolutions, reduction: Reduction, trials: tuple[Trial, ...], uniform: bool) -> Distilled:
     """The program with a modal system for each convolution."""
-    module = _copy(program.graph)
+    program = convolutions.program
+    module = copied(program.graph)
     layers = []
     copies = [node for node in module.graph.nodes if node.target == lhc.long_conv.default]
-    filters = torch.arange(sum(counts)).split(counts)
+    filters = torch.arange(sum(convolutions.counts)).split(convolutions.counts)
     for index, (node, rows) in enumerate(zip(copies, filters, strict=True)):
         part = reduction[rows]
-        real = part.system.real()
-        weights = []
+        real = _trimmed(part.system).real()
+        kept = real.kept
+        tables = {name: getattr(real, name).float() for name in ("own", "other", "readout", "direct")}
+        if not uniform and len(kept) <= _PACKED * real.own.numel():
+            tables["kept"] = kept
+        weights: list[Node | None] = []
         with module.graph.inserting_before(node):
-            for name in ("own", "other", "readout", "direct"):
-                module.register_buffer(f"{name}_{index}", getattr(real, name).float())
+            for name, table in tables.items():
+                module.register_buffer(f"{name}_{index}", table)
                 weights.append(module.graph.get_attr(f"{name}_{index}"))
-        layers.append(_layer(program.graph, nodes[index], part))
+        weights += [None] * (5 - len(weights))
+        layers.append(_layer(program.graph, convolutions.nodes[index], part))
         node.target = lhc.modal_ssm.default
         node.args = (node.args[0], *weights, None, node.args[3])
     module.graph.eliminate_dead_code()
-    for name in {str(node.args[1].target) for node in nodes}:  # type: ignore[union-attr]
+    for name in {str(node.args[1].target) for node in convolutions.nodes}:  # type: ignore[union-attr]
         delattr(module, name)
     module.recompile()
     return Distilled(Program(module, program.context), tuple(layers), trials)
 
 
+def _trimmed(system: ModalSSM) -> ModalSSM:
+    """The system without the slots behind the last that any of its filters uses; one slot stays."""
+    used = (system.residues != 0).any(0).unflatten(0, (-1, 2)).any(1).nonzero()
+    width = 2 * (int(used.max()) + 1 if len(used) else 1)
+    return ModalSSM(system.poles[:, :width], system.residues[:, :width], system.direct)
+
+
 def _layer(module: GraphModule, node: Node, part: Reduction) -> DistilledLayer:
-    taps = _taps(module, node)
+    taps = taps_of(module, node)
     norm = tap_norm(taps, None)
     orders = part.system.orders
+    plain = factorize(taps, max(int(orders.max()), 1))
+    bound = torch.zeros_like(part.error)
+    for order in orders.unique().tolist():
+        bound = torch.where(orders == order, plain.bound(order), bound)
     return DistilledLayer(
         module=module_path(node),
         method=part.method,
@@ -171,23 +152,15 @@ def _layer(module: GraphModule, node: Node, part: Reduction) -> DistilledLayer:
         system=part.system,
         orders=orders,
         error=norm.relative(norm.taps - part.system.taps(norm.length)),
-        bound=factorize(taps, int(orders.max())).bound(int(orders.max())),
+        bound=bound,
         heard_error=part.error,
         hankel_singular_values=part.hankel_singular_values,
     )
 
 
 def _kept(module: GraphModule, node: Node) -> DistilledLayer:
-    return DistilledLayer(module_path(node), "exact", _channels(node), _taps(module, node))
+    return DistilledLayer(module_path(node), "exact", _channels(node), taps_of(module, node))
 
 
 def _channels(node: Node) -> int:
     return int(node.args[0].meta["sizes"][2].offset)  # type: ignore[union-attr]
-
-
-def _copy(module: GraphModule) -> GraphModule:
-    """A module of its own that shares every buffer until one is replaced."""
-    twin = copy.copy(module)
-    twin.__dict__["_buffers"] = dict(module._buffers)
-    twin.graph = copy.deepcopy(module.graph)
-    return twin

@@ -1,88 +1,110 @@
-"""The smallest order that keeps the model's loss, the same for every filter.
+"""The smallest state that keeps the model within its budget.
 
-Orders are tried upwards with the fast method; from the first that keeps the loss, the refined method is tried
-downwards, since better poles lower the loss and often save an order.
+What an allocation of orders should cost is predicted from the filters' sensitivities; what it does cost is measured
+by running the model with it. The search starts where the prediction meets the budget and gallops from there, since a
+prediction to second order is wrong where an error is large.
+
+*What other text will see.* The difference of the losses on calibration tokens is an estimate without bias, but a noisy
+one: over 32 768 tokens its standard error is half of a budget of 0.1 %. The KL divergence is ten times as sure. It is
+the rise that text drawn from the source model would see; that of real text is smaller, since no model predicts it
+perfectly. The budget is held against the mean of the two and two of its standard errors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from lhcompile.artifacts import Trial
 from lhcompile.config import DistillConfig
-from lhcompile.distill.reduction import Reducer, Reduction, factorize
+from lhcompile.distill.bank import Allocation, Bank, allocations, uniform
+from lhcompile.distill.reduction import Reduction
 from lhcompile.errors import BudgetError
 
-__all__ = ["ORDERS", "Bank", "search"]
+__all__ = ["ORDERS", "search"]
 
 ORDERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-REFINED = 8
-"""Largest order that `auto` refines: variable projection grows with the square of the order."""
 TINY = 1e-12
 """A reference loss of zero is taken for this when a rise is relative to it."""
-
-
-class Bank:
-    """All filters of a model, factored as far as the orders asked for need: a small rank costs little."""
-
-    _RANKS = (8, 32, 128, 512)
-
-    def __init__(self, taps: Tensor, weights: Tensor | None, say: Callable[[str], None]) -> None:
-        self._taps, self._weights, self._say = taps, weights, say
-        self._reducer: Reducer | None = None
-        self._rank = 0
-
-    def reduce(self, order: int, method: str) -> Reduction:
-        """The systems of one order, by "hankel", "varpro", or "auto": refined where that takes seconds."""
-        if method == "auto":
-            method = "varpro" if order <= REFINED else "hankel"
-        if self._reducer is None or order > self._rank:
-            self._rank = next(rank for rank in self._RANKS if rank >= order)
-            self._say(f"factoring {self._taps.shape[0]} filters of length {self._taps.shape[1]}")
-            self._reducer = factorize(self._taps, self._rank, self._weights)
-        self._say(f"reducing {self._taps.shape[0]} filters to order {order} ({method})")
-        return self._reducer.reduce(order, method)
+_FIRST = 8
+"""Orders up to this are looked at first, then up to twice as much, and so on."""
 
 
 def search(
     bank: Bank,
     config: DistillConfig,
     reference: float,
-    loss_of: Callable[[Reduction], float],
+    sensitivity: Tensor,
+    measured: Callable[[Reduction], tuple[Tensor, Tensor]],
     say: Callable[[str], None],
 ) -> tuple[Reduction, tuple[Trial, ...]]:
-    """The systems of the smallest order within the budget, and all trials on the way.
+    """The systems of the smallest allocation within the budget, and all trials on the way.
 
-    reference: the source's loss; loss_of: the loss of the model with these systems
+    reference: the source's loss; sensitivity: KL per token for a relative squared error of 1, [filters]
+    measured: by how much the loss of the model with these systems is above the source's, and its KL divergence from
+    the source, nats per token, [sequences] each
     Raises BudgetError naming the best that was reached.
     """
-    trials: list[Trial] = []
+    scale, trials = max(reference, TINY), []
+    limit = min(_FIRST, config.max_order)
+    while True:
+        orders = _orders(limit, config.uniform)
+        costs = torch.stack([sensitivity * bank.reduce(order).error.square() for order in orders], 1)
+        ladder = (uniform if config.uniform else allocations)(costs, orders)
 
-    def attempt(order: int, method: str) -> Reduction | None:
-        """The reduction, if it keeps the loss."""
-        reduction = bank.reduce(order, method)
-        value = loss_of(reduction)
-        trials.append(Trial(order, value, (value - reference) / max(reference, TINY), method))
-        say(f"order {order}, {method}: loss {trials[-1].rise:+.3%} of {100 * config.rise:.3g}% allowed")
-        return reduction if trials[-1].rise <= config.rise else None
+        def passes(allocation: Allocation) -> bool:
+            rises, divergences = measured(allocation.reduction(bank))
+            rise = float(rises.mean()) / scale
+            trial = Trial(allocation.mean, reference + rise * scale, rise, expected(rises, divergences) / scale)
+            trials.append(trial)
+            say(f"mean order {trial.order:.2f}: {trial.expected:+.3%} expected, {100 * config.rise:.3g}% allowed")
+            return trial.expected <= config.rise
 
-    orders = sorted({config.max_order, *(order for order in ORDERS if order <= config.max_order)})
-    climbing = "hankel" if config.method == "auto" else config.method
-    for place, order in enumerate(orders):
-        found = attempt(order, climbing)
-        if found is None:
-            continue
-        if config.method == "auto":
-            for refined in reversed([order for order in orders[: place + 1] if order <= REFINED]):
-                better = attempt(refined, "varpro")
-                if better is None:
-                    break
-                found = better
-        return found, tuple(trials)
-    best = min(trials, key=lambda trial: trial.rise)
+        enough = [place for place, step in enumerate(ladder) if step.predicted <= config.rise * scale]
+        best = _cheapest(ladder, enough[0] if enough else len(ladder) - 1, passes)
+        if best is not None:
+            return best.reduction(bank), tuple(trials)
+        if limit == config.max_order:
+            break
+        limit = min(2 * limit, config.max_order)
+    least = min(trials, key=lambda trial: trial.expected)
     raise BudgetError(
-        f"no order up to {config.max_order} keeps the loss within {100 * config.rise:.3g}%: the best is "
-        f"{best.rise:+.3%} at order {best.order}; allow more with --budget or --max-order, or keep taps with --exact"
+        f"no order up to {config.max_order} keeps the rise of the loss within {100 * config.rise:.3g}%: the best is "
+        f"{least.expected:+.3%} at mean order {least.order:.3g}; allow more with --budget or --max-order, or keep taps "
+        "with --exact"
     )
+
+
+def expected(rises: Tensor, divergences: Tensor) -> float:
+    """The rise of the loss to be expected of other text, nats per token, on the safe side by two standard errors.
+
+    rises, divergences: of single sequences, [sequences] each, the latter perhaps of fewer
+    """
+    noise = float(rises.std() / len(rises) ** 0.5) if len(rises) > 1 else 0.0
+    return (float(rises.mean()) + float(divergences.mean())) / 2 + noise
+
+
+def _orders(limit: int, same: bool) -> tuple[int, ...]:
+    """Orders to choose from; a filter may have none of its own, but not all of them."""
+    orders = sorted({limit, *(order for order in ORDERS if order <= limit)})
+    return tuple(orders if same else [0, *orders])
+
+
+def _cheapest(ladder: list[Allocation], start: int, passes: Callable[[Allocation], bool]) -> Allocation | None:
+    """The first of a ladder that passes, taking it that all after it would: galloping from `start`, then halving."""
+    failed, passed = -1, len(ladder)
+    place, stride = start, 1
+    while failed < place < passed:
+        if passes(ladder[place]):
+            passed, beyond = place, place - stride
+        else:
+            failed, beyond = place, place + stride
+        if passed < len(ladder) and (failed >= 0 or passed == 0):
+            place = (failed + passed) // 2
+        elif passed < len(ladder):
+            place, stride = max(beyond, 0), 2 * stride
+        else:
+            place, stride = min(beyond, len(ladder) - 1), 2 * stride
+    return ladder[passed] if passed < len(ladder) else None

@@ -1,8 +1,8 @@
 """The portable lowering: standard ONNX operators, opset 20, float32.
 
-`Step` sees one token: no loops, no shapes read at run time. `Prefill` takes any number of tokens: parallel inside
-chunks of Q, the state carried from chunk to chunk by a Scan of five elementwise operators. States and signals have
-their channels innermost, as docs/decisions/002 measured.
+`Step` sees one token: no loops, and no shape is read at run time but the batch, where states are packed. `Prefill`
+takes any number of tokens: parallel inside chunks of Q, the state carried from chunk to chunk by a Scan of five
+elementwise operators. States and signals have their channels innermost, as docs/decisions/002 measured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from onnxscript import opset20
 
-from lhcompile.lower.tables import chunk_tables
+from lhcompile.lower.tables import chunk_tables, packing
 from lhcompile.ssm import RealModal, partners
 
 __all__ = ["OPSET", "Lowering", "Prefill", "Step"]
@@ -46,6 +46,10 @@ class Lowering:
 
     def weight(self, value: Value) -> torch.Tensor:
         return self._weights[value.name].detach()
+
+    def system(self, *tables: Value) -> RealModal:
+        """own, other, readout, direct"""
+        return RealModal(*(self.weight(table) for table in tables))
 
     fir: Callable[..., tuple[Value, Value]]
     long_conv: Callable[..., tuple[Value, Value]]
@@ -79,17 +83,42 @@ class Step(Lowering):
         return _joined(y, lead), op.Slice(window, _ints(1), _ints(_END), _ints(1))
 
     def modal_ssm(
-        self, u: Value, own: Value, other: Value, readout: Value, direct: Value, state: Value, inner: int
+        self,
+        u: Value,
+        own: Value,
+        other: Value,
+        readout: Value,
+        direct: Value,
+        kept: Value | None,
+        state: Value,
+        inner: int,
     ) -> tuple[Value, Value]:
-        """s' = own ∘ s + other ∘ swap(s) + u;  y = Σ readout ∘ s' + D u"""
-        order, filters = self.weight(own).shape
+        """s' = own ∘ s + other ∘ swap(s) + u;  y = Σ readout ∘ s' + D u, without the swap where no poles are complex"""
+        system = self.system(own, other, readout, direct)
+        if kept is not None:
+            return self._packed(u, system, self.weight(kept), state, inner)
+        order, filters = system.own.shape
         lead = _lead(u, filters, inner)
-        p, q, c, d = (_constant(_aligned(self.weight(x), lead, inner)) for x in (own, other, readout, direct))
+        p, q, c, d = (_constant(_aligned(x, lead, inner)) for x in vars(system).values())
         old, new = _grouped(state, lead), _grouped(u, lead)
-        swapped = op.Gather(old, _ints(*partners(order)), axis=1)
-        s = op.Add(op.Add(op.Mul(old, p), op.Mul(swapped, q)), new)
+        s = op.Mul(old, p)
+        if system.other.any():
+            s = op.Add(s, op.Mul(op.Gather(old, _ints(*partners(order)), axis=1), q))
+        s = op.Add(s, new)
         y = op.Add(op.ReduceSum(op.Mul(s, c), _ints(1), keepdims=1), op.Mul(new, d))
         return _joined(y, lead), _joined(s, lead)
+
+    def _packed(self, u: Value, system: RealModal, kept: torch.Tensor, state: Value, inner: int) -> tuple[Value, Value]:
+        """The same with tables [states]: what a state hears is gathered, what it says is added up by filter."""
+        packed = _Packed(u, kept, system, inner)
+        p, q = (_constant(_aligned(x.flatten()[kept], packed.lead, inner)) for x in (system.own, system.other))
+        old, new = packed.grouped(state), _grouped(u, packed.lead)
+        s = op.Mul(old, p)
+        if system.other.any():
+            s = op.Add(s, op.Mul(packed.take(old, packed.index.partners), q))
+        s = op.Add(s, packed.take(new, packed.index.sources))
+        direct = op.Mul(new, _constant(_aligned(system.direct, packed.lead, inner)))
+        return _joined(packed.read(s, system.readout, direct), packed.lead), packed.joined(s)
 
 
 class Prefill(Lowering):
@@ -132,16 +161,25 @@ class Prefill(Lowering):
         return op.Reshape(y, _ints(0, 0, outer * filters * inner)), successor
 
     def modal_ssm(
-        self, u: Value, own: Value, other: Value, readout: Value, direct: Value, state: Value, inner: int
+        self,
+        u: Value,
+        own: Value,
+        other: Value,
+        readout: Value,
+        direct: Value,
+        kept: Value | None,
+        state: Value,
+        inner: int,
     ) -> tuple[Value, Value]:
         """Chunks of Q tokens: Toeplitz product inside, state between; the first chunk is filled up in front.
 
         With k real tokens in the first chunk, s the state before a chunk and E what its tokens leave behind:
         s₁ = A^k s₀ + E₀,  s_{c+1} = A^Q s_c + E_c,  y = Toeplitz u + c A^{i+1} s_c.
         """
-        system = RealModal(*(self.weight(x) for x in (own, other, readout, direct)))
+        system = self.system(own, other, readout, direct)
         tables, chunk, (order, filters) = chunk_tables(system, self.chunk), self.chunk, system.own.shape
         lead = _lead(u, filters, inner)
+        packed = None if kept is None else _Packed(u, self.weight(kept), system, inner)
         shared = [filters, 1] if inner > 1 else [filters]
         rank = 1 + len(lead)  # batch and the channel axes: [lead…] below
 
@@ -157,7 +195,10 @@ class Prefill(Lowering):
         left = op.Slice(both, _ints(chunk), _ints(_END), _ints(-1))
         left = op.Transpose(left, perm=[rank, *range(rank), rank + 1])  # [chunks, lead…, d]
 
-        before = op.Transpose(_grouped(state, lead), perm=[0, *range(2, rank + 1), 1])  # [lead…, d]
+        if packed is None:
+            before = op.Transpose(_grouped(state, lead), perm=[0, *range(2, rank + 1), 1])  # [lead…, d]
+        else:
+            before = packed.unpack(state)
         power = op.Reshape(op.Gather(_constant(tables.powers), first, axis=0), _ints(2, *shared, order))  # A^k
         own_k, other_k = op.Split(power, axis=0, num_outputs=2)
         joining = _advance(before, own_k, other_k, order)
@@ -172,9 +213,76 @@ class Prefill(Lowering):
         )
         inside = op.Slice(op.Reshape(inside, _ints(0, *lead, -1)), filling, _ints(_END), _ints(-1))
         y = op.Transpose(op.Add(inside, heard), perm=[0, rank, *range(1, rank)])
-        last = op.Slice(ends, _ints(-1), _ints(_END), _ints(0))
-        last = op.Transpose(op.Squeeze(last, _ints(0)), perm=[0, rank, *range(1, rank)])
-        return _joined(y, lead), _joined(last, lead)
+        last = op.Squeeze(op.Slice(ends, _ints(-1), _ints(_END), _ints(0)), _ints(0))
+        if packed is not None:
+            return _joined(y, lead), packed.pack(last)
+        return _joined(y, lead), _joined(op.Transpose(last, perm=[0, rank, *range(1, rank)]), lead)
+
+
+class _Packed:
+    """States of filters that differ in order, [batch, 1, outer · states · inner], in the graph being traced."""
+
+    def __init__(self, u: Value, kept: torch.Tensor, system: RealModal, inner: int) -> None:
+        self.order, self.filters = system.own.shape
+        self.index = packing(kept.numpy(), self.order, self.filters)
+        self.lead = _lead(u, self.filters, inner)
+        self.inner = [inner] if inner > 1 else []
+        self.outer = self.lead[: len(self.lead) - 1 - len(self.inner)]
+        self.axis = 2 + len(self.outer)  # of the filters, or of the states
+        self.zeros = None if self.inner else self._zeros(_grouped(u, self.lead))
+
+    def take(self, x: Value, index: NDArray[np.int32]) -> Value:
+        """Entries of the axis of filters or states: [batch, 1, …, n, …] and index [m] → [batch, 1, …, m, …]
+
+        On a CPU, Gather takes 8 ns an entry whatever its size, so it is for entries of many numbers. GatherElements
+        takes 1 ns a number, but wants an index for every row of the batch.
+        """
+        if self.inner:
+            return op.Gather(x, _constant(index), axis=self.axis)
+        return op.GatherElements(x, self._everywhere(index), axis=self.axis)
+
+    def _zeros(self, u: Value) -> Value:
+        """Integer zeros [batch, 1, (outer), 1] without reading a shape: no number is less than itself, not even NaN."""
+        one = op.Slice(u, _ints(0, 0), _ints(1, 1), _ints(1, self.axis))
+        return op.Cast(op.Less(one, one), to=ir.DataType.INT32)
+
+    def _everywhere(self, index: NDArray[np.int32]) -> Value:
+        """[m] → [batch, 1, (outer), m]"""
+        return op.Add(self.zeros, _constant(index))
+
+    def read(self, states: Value, readout: torch.Tensor, direct: Value) -> Value:
+        """direct + Σ readout ∘ states over the states of each filter, [batch, 1, lead…]; readout: [order, filters]"""
+        if self.inner:  # readout is zero wherever `rows` holds no state
+            rows = op.Mul(self.rows(states), _constant(readout.unsqueeze(-1)))
+            return op.Add(op.ReduceSum(rows, _ints(self.axis), keepdims=0), direct)
+        said = op.Mul(states, _constant(readout.flatten()[self.index.kept]))
+        return op.ScatterElements(direct, self._everywhere(self.index.sources), said, axis=self.axis, reduction="add")
+
+    def grouped(self, state: Value) -> Value:
+        """[batch, 1, outer · states · inner] → [batch, 1, (outer), states, (inner)]"""
+        return _grouped(state, [*self.outer, len(self.index.kept), *self.inner])
+
+    def joined(self, states: Value) -> Value:
+        """The inverse of `grouped`."""
+        return _joined(states, [*self.outer, len(self.index.kept), *self.inner])
+
+    def rows(self, states: Value) -> Value:
+        """[batch, 1, (outer), states, (inner)] → [batch, 1, (outer), order, filters, (inner)], anything in between"""
+        entries = self.take(states, self.index.positions)
+        return op.Reshape(entries, _ints(0, 1, *self.outer, self.order, self.filters, *self.inner))
+
+    def unpack(self, state: Value) -> Value:
+        """[batch, 1, outer · states · inner] → [lead…, order]; tables are zero where anything stands."""
+        rest = range(self.axis + 1, self.axis + 2 + len(self.inner))
+        columns = op.Transpose(self.rows(self.grouped(state)), perm=[*range(self.axis), *rest, self.axis])
+        return op.Reshape(columns, _ints(0, *self.lead, self.order))
+
+    def pack(self, columns: Value) -> Value:
+        """The inverse of `unpack`."""
+        outer, rank = len(self.outer), 1 + len(self.lead)
+        entries = op.Transpose(columns, perm=[*range(1 + outer), rank, *range(1 + outer, rank)])
+        entries = op.Reshape(entries, _ints(0, 1, *self.outer, self.order * self.filters, *self.inner))
+        return self.joined(self.take(entries, self.index.kept))
 
 
 def _advance(state: Value, own: Value, other: Value, order: int) -> Value:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lhcompile.ssm import RealModal, real_powers, swap
+from lhcompile.ssm import RealModal, partners, real_powers, swap
 
-__all__ = ["ChunkTables", "chunk_tables", "rounded"]
+__all__ = ["ChunkTables", "Packing", "chunk_tables", "packing", "rounded"]
 
 Array = NDArray[np.float32]
 
@@ -53,6 +53,33 @@ def chunk_tables(system: RealModal, chunk: int) -> ChunkTables:
         observe=rounded(observe.permute(2, 1, 0)),
         powers=rounded(torch.stack([own, other], 1).transpose(2, 3)),
     )
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the states of filters that differ in order stand; all int32, S the states, entries = d · F.
+
+    kept:      [S]        entry of each state
+    sources:   [S]        filter of each state
+    partners:  [S]        state that shares a slot with each; itself where it is the only one
+    positions: [entries]  state of each entry; any state, the first, where the entry is none
+    """
+
+    kept: NDArray[np.int32]
+    sources: NDArray[np.int32]
+    partners: NDArray[np.int32]
+    positions: NDArray[np.int32]
+
+
+def packing(kept: NDArray[np.int64], order: int, filters: int) -> Packing:
+    """The places of the states `kept` (`RealModal.kept`) of tables [order, filters]."""
+    rows, sources = np.divmod(kept, filters)
+    places = np.arange(len(kept))
+    positions = np.full(order * filters, -1)
+    positions[kept] = places
+    beside = positions[np.array(partners(order))[rows] * filters + sources]
+    arrays = kept, sources, np.where(beside < 0, places, beside), positions.clip(min=0)
+    return Packing(*(array.astype(np.int32) for array in arrays))
 
 
 def rounded(value: torch.Tensor) -> Array:

@@ -14,8 +14,10 @@ import copy
 import operator
 import re
 from collections import Counter
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lhcompile.artifacts import Program, State, module_path
@@ -23,7 +25,7 @@ from lhcompile.artifacts import Program, State, module_path
 __all__ = ["streamify"]
 
 lhc = torch.ops.lhc
-_STATE_ARGUMENT = {lhc.fir.default: 3, lhc.long_conv.default: 2, lhc.modal_ssm.default: 5}
+_STATE_ARGUMENT = {lhc.fir.default: 3, lhc.long_conv.default: 2, lhc.modal_ssm.default: 6}
 _KIND = {lhc.fir.default: "fir", lhc.long_conv.default: "long_conv", lhc.modal_ssm.default: "modal"}
 _LAYER_STATE = {"fir": "conv_state", "modal": "recurrent_state"}
 
@@ -80,7 +82,7 @@ def _names(layers: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _shape(module: GraphModule, node: Node) -> tuple[int, ...]:
     """The state's shape without batch, from the operator's weights and its input's channels."""
-    weight = getattr(module, str(node.args[1].target))  # type: ignore[union-attr]
+    weight = _buffer(module, node.args[1])
     if node.target == lhc.fir.default:
         groups = node.args[4]
         assert isinstance(groups, int)
@@ -88,4 +90,10 @@ def _shape(module: GraphModule, node: Node) -> tuple[int, ...]:
     channels = node.args[0].meta["sizes"][2].offset  # type: ignore[union-attr]
     if node.target == lhc.long_conv.default:
         return (weight.shape[-1] - 1, channels)
-    return (weight.shape[0], channels)
+    if node.args[5] is None:
+        return (weight.shape[0], channels)
+    return (1, channels // weight.shape[1] * len(_buffer(module, node.args[5])))
+
+
+def _buffer(module: GraphModule, node: Any) -> Tensor:
+    return getattr(module, str(node.target))

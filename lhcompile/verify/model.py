@@ -124,12 +124,16 @@ class PoleCloud(_Part):
 
 
 class OrderTried(_Part):
-    """One order of the search for the budget; `rise` is relative to the reference loss."""
+    """One allocation of the search for the budget.
 
-    order: int
+    order: mean over the filters; rise: of the loss on calibration tokens, relative to the reference
+    expected: the rise to be expected of other tokens, which the budget is held against
+    """
+
+    order: float
     loss: float
     rise: float
-    method: str = "hankel"
+    expected: float
 
 
 class BudgetReport(_Part):

@@ -165,34 +165,28 @@ def loss_by_stage(stages: Sequence[StageFidelity], budget: BudgetReport | None) 
 
 
 def order_search(budget: BudgetReport) -> str:
-    """Rise of the loss against the order tried, with the budget."""
+    """What each mean order that was tried costs, with the budget."""
     tried = sorted(budget.orders, key=lambda entry: entry.order)
+    orders = [entry.order for entry in tried]
     with _canvas(HALF, "Orders tried") as canvas:
         axes = canvas.axes
         axes.axhline(0, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
         axes.axhline(100 * budget.requested, color=WARM, linewidth=1, linestyle=(0, (4, 3)))
-        methods = list(dict.fromkeys(entry.method for entry in tried))
-        for method, color, marker in zip(methods, (ACCENT, WARM), "os", strict=False):
-            mine = [entry for entry in tried if entry.method == method]
-            rises = _finite([100 * entry.rise for entry in mine])
-            orders = [entry.order for entry in mine]
-            axes.plot(orders, rises, color=color, linewidth=1.6, marker=marker, markersize=5, label=method)
-        if len(methods) > 1:
-            axes.legend(loc="upper right", frameon=False)
-        if len(tried) > 1:
-            axes.set_xscale("log", base=2)
-        best = {entry.order: min(e.rise for e in tried if e.order == entry.order) for entry in tried}
-        axes.set_xticks(
-            list(best),
-            [f"{order}\n{signed_percent(rise)}" for order, rise in best.items()]
-            if len(best) <= 7
-            else [str(order) for order in best],
+        lines = (
+            ([entry.expected for entry in tried], ACCENT, "o", "expected of other text, on the safe side"),
+            ([entry.rise for entry in tried], MUTED, "s", "measured on calibration tokens"),
         )
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        for rises, color, marker, label in lines:
+            found = _finite([100 * rise for rise in rises])
+            axes.plot(orders, found, color=color, linewidth=1.6, marker=marker, markersize=4, label=label)
+        axes.legend(loc="upper right", frameon=False)
+        axes.set_yscale("symlog", linthresh=max(200 * budget.requested, 1e-3))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(7))
         axes.grid(axis="x", visible=False)
         axes.margins(x=0.1, y=0.16)
-        axes.set_xlabel("order of every filter, and the rise it costs")
+        axes.set_xlabel("mean order of the filters")
         axes.set_ylabel("rise of the loss, %")
     return canvas.svg
 
@@ -273,9 +267,7 @@ def hankel(spectrum: Spectrum, floor: float, label: str) -> str:
 def _subsample(clouds: Sequence[PoleCloud], count: int) -> np.ndarray:
     """At most `count` poles in use, complex128, the same ones each time."""
     every = np.array(list(itertools.chain.from_iterable(cloud.re for cloud in clouds)), dtype=np.complex128)
-    every += 1j * np.array(
-        list(itertools.chain.from_iterable(cloud.im for cloud in clouds)), dtype=np.float64
-    )
+    every += 1j * np.array(list(itertools.chain.from_iterable(cloud.im for cloud in clouds)), dtype=np.float64)
     every = every[np.isfinite(every) & (every != 0)]
     if len(every) <= count:
         return every

@@ -99,4 +99,4 @@ def poles_of(distilled: Distilled) -> list[PoleCloud]:
 
 
 def orders_tried(distilled: Distilled) -> list[OrderTried]:
-    return [OrderTried(order=t.order, loss=t.loss, rise=t.rise, method=t.method) for t in distilled.trials]
+    return [OrderTried(order=t.order, loss=t.loss, rise=t.rise, expected=t.expected) for t in distilled.trials]

@@ -16,8 +16,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from lhruntime import Session
-from models import VOCAB, WIDTH
-from onnx import ModelProto, numpy_helper
+from models import VOCAB
+from onnx import ModelProto, NodeProto, numpy_helper
 from streams import assert_parity, onnx_stream, torch_stream, write_directory
 from torch import Tensor
 from torch.fx import Node
@@ -106,7 +106,7 @@ def state_kept(program: Program) -> None:
 @mutant
 def state_not_read(program: Program) -> None:
     node = operators(program, "modal_ssm", "long_conv")[0]
-    place = 5 if len(node.args) > 4 else 2
+    place = 6 if len(node.args) > 4 else 2
     with program.graph.graph.inserting_before(node):
         zero = program.graph.graph.call_function(torch.zeros_like, (node.args[place],))
     node.args = (*node.args[:place], zero, *node.args[place + 1 :])
@@ -127,6 +127,15 @@ def one_pole_perturbed(program: Program) -> None:
         table[0] *= 0.99 ** torch.arange(table.shape[-1])
 
 
+def entry_mistaken(program: Program) -> None:
+    """A state that is read is not among those kept; one that nothing uses is, in its place."""
+    node = operators(program, "modal_ssm")[0]
+    kept, readout = weight(program, node, 5), weight(program, node, 3).flatten()
+    (unused,) = np.setdiff1d(np.arange(len(readout)), kept.numpy())[:1]
+    wrong = torch.cat([kept[readout[kept] != 0][1:], kept[readout[kept] == 0], torch.tensor([unused])])
+    kept.copy_(wrong.sort().values)
+
+
 def replace_successor(program: Program, new: Callable) -> None:
     """Another successor for the first long convolution's state."""
     index = next(i for i, state in enumerate(program.states) if state.kind in ("modal", "long_conv"))
@@ -142,7 +151,7 @@ def replace_successor(program: Program, new: Callable) -> None:
 # ---- streamed programs -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["modal", "exact"])
+@pytest.fixture(scope="module", params=["modal", "packed", "exact"])
 def program(request: pytest.FixtureRequest, built: Callable) -> Program:
     return built("per channel", request.param).program
 
@@ -161,15 +170,28 @@ def test_parity_of_programs(program: Program, name: str, cuts: list[int]) -> Non
         assert_parity(torch_stream(wrong), reference, states, tokens(), cuts)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_the_builds_own_gate_for_programs(program: Program, name: str) -> None:
+def builds_gate_for_programs(program: Program, wrong: Program) -> None:
     def whole(ids: Tensor) -> Tensor:
         with torch.no_grad():
             return program.graph(ids, *(torch.zeros(len(ids), *state.shape) for state in program.states))[0]
 
     check_streamed(program, whole, tokens())
     with pytest.raises(ParityError, match=r"streamed: (logits|state) .* differs by"):
-        check_streamed(mutated(program, MUTANTS[name]), whole, tokens())
+        check_streamed(wrong, whole, tokens())
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_builds_own_gate_for_programs(program: Program, name: str) -> None:
+    builds_gate_for_programs(program, mutated(program, MUTANTS[name]))
+
+
+def test_an_entry_mistaken(built: Callable) -> None:
+    program = built("per channel", "packed").program
+    wrong = mutated(program, entry_mistaken)
+    for cuts in FEEDS.values():
+        with pytest.raises(AssertionError, match="differs by"):
+            assert_parity(torch_stream(wrong), torch_stream(program), program.states, tokens(), cuts)
+    builds_gate_for_programs(program, wrong)
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------
@@ -254,8 +276,40 @@ def conv_state_dropped(model: ModelProto) -> None:
 def channels_rolled(model: ModelProto) -> None:
     """The channels of a state are one place off."""
     inner = freed(model, "present.0.recurrent_state")
-    order = constant(model, np.roll(np.arange(WIDTH), 1), "rolled")
+    (state,) = [output for output in model.graph.output if output.name == "present.0.recurrent_state"]
+    order = constant(model, np.roll(np.arange(state.type.tensor_type.shape.dim[2].dim_value), 1), "rolled")
     add(model, "Gather", [inner, order], "present.0.recurrent_state", axis=2)
+
+
+def reads_state(node: NodeProto) -> bool:
+    return node.op_type == "GatherElements" and node.input[0] == "past_key_values.0.recurrent_state"
+
+
+def writes_state(node: NodeProto) -> bool:
+    return node.op_type == "GatherElements" and node.output[0] == "present.0.recurrent_state"
+
+
+def reads_input(node: NodeProto) -> bool:
+    return node.op_type == "GatherElements" and not reads_state(node)
+
+
+def adds_up(node: NodeProto) -> bool:
+    return node.op_type == "ScatterElements"
+
+
+def indexed_wrongly(chosen: Callable[[NodeProto], bool]) -> Callable[[ModelProto], None]:
+    """The first such node reads or writes one place beside where it should."""
+
+    def change(model: ModelProto) -> None:
+        place = next(i for i, node in enumerate(model.graph.node) if chosen(node))
+        node = model.graph.node[place]
+        (spread,) = [each for each in model.graph.node if each.output[0] == node.input[1]]
+        (index,) = [tensor for tensor in model.graph.initializer if tensor.name == spread.input[0]]
+        rolled = constant(model, np.roll(numpy_helper.to_array(index), 1), "rolled")
+        node.input[1] = "rolled.spread"
+        model.graph.node.insert(place, onnx.helper.make_node("Expand", [rolled, spread.input[1]], ["rolled.spread"]))
+
+    return change
 
 
 def wrong_remainder(model: ModelProto) -> None:
@@ -297,18 +351,29 @@ GRAPH_MUTANTS: dict[str, GRAPHS] = {
     "step with channels swapped": another("step", two_channels_swapped),
     "step with taps reversed": another("step", taps_reversed),
 }
+PACKED_MUTANTS: dict[str, GRAPHS] = {
+    **GRAPH_MUTANTS,
+    "another state taken for the partner": only("step", indexed_wrongly(reads_state)),
+    "another filter's input heard": only("step", indexed_wrongly(reads_input)),
+    "spoken for another filter": only("step", indexed_wrongly(adds_up)),
+    "states of a prompt unpacked wrongly": only("prefill", indexed_wrongly(reads_state)),
+    "states of a prompt packed wrongly": only("prefill", indexed_wrongly(writes_state)),
+    "prefill with an entry mistaken": another("prefill", entry_mistaken),
+    "step with an entry mistaken": another("step", entry_mistaken),
+}
+WRONG = [
+    *(("modal", name) for name in GRAPH_MUTANTS),
+    *(("packed", name) for name in PACKED_MUTANTS),
+]
 WAYS = [[], [70, *[1] * 30], [3, 33, 1, 63]]
 
 
-@pytest.fixture(scope="module")
-def model(built: Callable) -> tuple[Program, Lowered]:
-    made = built("per channel", True)
-    return made.program, made.lowered
-
-
-@pytest.fixture(scope="module", params=GRAPH_MUTANTS)
-def wrong(request: pytest.FixtureRequest, model: tuple[Program, Lowered]) -> Lowered:
-    return GRAPH_MUTANTS[request.param](model[1], model[0])
+@pytest.fixture(scope="module", params=WRONG, ids=": ".join)
+def wrong(request: pytest.FixtureRequest, built: Callable) -> tuple[Program, Lowered]:
+    """(the right program, wrong graphs of it)"""
+    form, name = request.param
+    made = built("per channel", form)
+    return made.program, PACKED_MUTANTS[name](made.lowered, made.program)
 
 
 def gate(lowered: Lowered, program: Program) -> None:
@@ -322,17 +387,20 @@ def builds_gate(lowered: Lowered, program: Program, folder: Path) -> None:
     check_session(SessionModel(lambda batch: Session.load(directory, batch=batch, threads=1)), program, tokens())
 
 
-def test_right_graphs_pass(model: tuple[Program, Lowered], tmp_path: Path) -> None:
-    program, lowered = model
-    gate(lowered, program)
-    builds_gate(lowered, program, tmp_path)
+@pytest.mark.parametrize("form", ["modal", "packed"])
+def test_right_graphs_pass(built: Callable, form: str, tmp_path: Path) -> None:
+    right = built("per channel", form)
+    gate(right.lowered, right.program)
+    builds_gate(right.lowered, right.program, tmp_path)
 
 
-def test_parity_of_graphs(wrong: Lowered, model: tuple[Program, Lowered]) -> None:
+def test_parity_of_graphs(wrong: tuple[Program, Lowered]) -> None:
+    program, lowered = wrong
     with pytest.raises(AssertionError, match="differs by"):
-        gate(wrong, model[0])
+        gate(lowered, program)
 
 
-def test_the_builds_own_gate_for_graphs(wrong: Lowered, model: tuple[Program, Lowered], tmp_path: Path) -> None:
+def test_the_builds_own_gate_for_graphs(wrong: tuple[Program, Lowered], tmp_path: Path) -> None:
+    program, lowered = wrong
     with pytest.raises(ParityError, match=r"onnx: (logits|state) .* differs by"):
-        builds_gate(wrong, model[0], tmp_path)
+        builds_gate(lowered, program, tmp_path)

@@ -13,10 +13,10 @@ from streams import assert_close, feed, torch_stream, write_directory, zero_stat
 
 from lhcompile.artifacts import Program
 
-CASES = [("per channel", True), ("shared", True), ("per channel", False)]
+CASES = [("per channel", "modal"), ("shared", "modal"), ("shared", "packed"), ("per channel", "exact")]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {'modal' if case[1] else 'exact'}")
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: ", ".join(case))
 def directory(
     request: pytest.FixtureRequest, built: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Program, Path]:

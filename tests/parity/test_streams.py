@@ -10,13 +10,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import VOCAB
+from models import VOCAB, HeadsOutermost, Hyena, program_of, with_modal
 from streams import Stream, assert_parity, onnx_stream, torch_stream
 from torch import Tensor
 
 from lhcompile.artifacts import Program
+from lhcompile.config import LowerConfig
+from lhcompile.lower import lower
+from lhcompile.streamify import streamify
 
-CASES = [("per channel", False), ("per channel", True), ("shared", False), ("shared", True)]
+CASES = [(name, form) for name in ("per channel", "shared") for form in ("exact", "modal", "packed")]
 LENGTHS = [1, 31, 32, 33, 63, 64, 65, 100]  # around the 32 tokens of a chunk
 CUTS = {
     "whole": [],
@@ -33,7 +36,7 @@ def tokens(batch: int, time: int) -> Tensor:
     return torch.randint(0, VOCAB, (batch, time), generator=torch.Generator().manual_seed(time))
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {'modal' if case[1] else 'exact'}")
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: ", ".join(case))
 def case(request: pytest.FixtureRequest, built: Callable) -> tuple[Program, Stream, Stream]:
     """(streamed program, its torch stream, its onnxruntime stream)"""
     model = built(*request.param)
@@ -73,6 +76,15 @@ def test_onnx_prefill_takes_single_tokens(case: tuple[Program, Stream, Stream], 
     model = next(built(*which) for which in CASES if built(*which).program is program)
     prefill_only = onnx_stream(type(model.lowered)(model.lowered.prefill, model.lowered.prefill, "portable", ()))
     assert_parity(prefill_only, reference, program.states, tokens(2, 5), [1, 1, 2, 1])
+
+
+@pytest.mark.parametrize("orders", [[0], [1, 0, 1], [0, 6], [2, 1]], ids=str)
+def test_packed_states_of_any_orders(orders: list[int]) -> None:
+    """A layer without any state, real poles alone, and filters of one order beside filters without."""
+    streamed = streamify(with_modal(program_of(Hyena, HeadsOutermost), orders=orders))
+    stream = onnx_stream(lower(streamed, LowerConfig(target="portable")))
+    for cuts in ([1] * 40, [33], [3, 35]):
+        assert_parity(stream, torch_stream(streamed), streamed.states, tokens(2, 40), cuts)
 
 
 def test_rows_do_not_hear_each_other(case: tuple[Program, Stream, Stream]) -> None:

@@ -42,11 +42,11 @@ def test_taps_steps_chunks_and_fft_agree(system: ModalSSM, seed: int, time: int,
 
     steps, state = [], None
     for token in u.split(1, dim=1):
-        y, state = lhc.modal_ssm(token, *weights, state, 1)
+        y, state = lhc.modal_ssm(token, *weights, None, state, 1)
         steps.append(y)
     close(torch.cat(steps, 1), by_fft, 1e-10)
 
-    whole, last = lhc.modal_ssm(u, *weights, None, 1)
+    whole, last = lhc.modal_ssm(u, *weights, None, None, 1)
     close(whole, by_fft, 1e-10)
     close(state, last, 1e-10)
 
@@ -82,5 +82,5 @@ def test_powers_are_matrix_powers(system: ModalSSM, count: int) -> None:
 def test_step_response_sums_the_taps(system: ModalSSM, length: int) -> None:
     real = system.real()
     ones = torch.ones(1, length, system.filters, dtype=torch.float64)
-    y, _ = lhc.modal_ssm(ones, real.own, real.other, real.readout, real.direct, None, 1)
+    y, _ = lhc.modal_ssm(ones, real.own, real.other, real.readout, real.direct, None, None, 1)
     close(y[0].T, system.taps(length).cumsum(1), 1e-10)

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from models import random_modal
+from models import ORDERS, of_orders, random_modal
 from torch import Tensor
 
 from lhcompile import ops
 from lhcompile.ops import fft_convolve
+from lhcompile.ssm import ModalSSM, RealModal
 
 lhc = torch.ops.lhc
 BATCH, FILTERS, TIME = 2, 3, 23
@@ -53,10 +54,23 @@ def modal_ssm(outer: int, inner: int) -> tuple[Operator, int, tuple[int, ...]]:
     channels = outer * FILTERS * inner
     real = random_modal(FILTERS, 2, torch.Generator().manual_seed(0)).real()
     weights = (real.own, real.other, real.readout, real.direct)
-    return lambda u, state: lhc.modal_ssm(u, *weights, state, inner), channels, (4, channels)
+    return lambda u, state: lhc.modal_ssm(u, *weights, None, state, inner), channels, (4, channels)
 
 
-KINDS = pytest.mark.parametrize("kind", [fir, long_conv, modal_ssm], ids=lambda kind: kind.__name__)
+def mixed() -> ModalSSM:
+    """Filters of orders 5, 2 and 0."""
+    return of_orders(random_modal(FILTERS, 3, torch.Generator().manual_seed(0)), ORDERS[:FILTERS])
+
+
+def packed(outer: int, inner: int) -> tuple[Operator, int, tuple[int, ...]]:
+    """`modal_ssm` with filters of different orders."""
+    real = mixed().real()
+    weights = (real.own, real.other, real.readout, real.direct, real.kept)
+    shape = (1, outer * len(real.kept) * inner)
+    return lambda u, state: lhc.modal_ssm(u, *weights, state, inner), outer * FILTERS * inner, shape
+
+
+KINDS = pytest.mark.parametrize("kind", [fir, long_conv, modal_ssm, packed], ids=lambda kind: kind.__name__)
 SHARING = pytest.mark.parametrize(("outer", "inner"), [(1, 1), (4, 1), (1, 4), (2, 5)])
 
 
@@ -128,6 +142,42 @@ def test_modal_ssm_is_a_convolution_with_its_taps(outer: int, inner: int) -> Non
     torch.testing.assert_close(operator(u, None)[0], expected)
 
 
+@SHARING
+@pytest.mark.parametrize("time", [1, 2, TIME])
+def test_packed_and_rectangular_states_are_the_same_states(outer: int, inner: int, time: int) -> None:
+    """The state of an entry stands at (outer, its place, inner); what the rectangle holds elsewhere is noise."""
+    real = mixed().real()
+    order, weights = real.own.shape[0], (real.own, real.other, real.readout, real.direct)
+    u = draw(BATCH, time, outer * FILTERS * inner)
+    rectangle = draw(BATCH, order, outer * FILTERS * inner, seed=1)
+    entries = [divmod(entry, FILTERS) for entry in real.kept.tolist()]
+    places = [(row, (o * FILTERS + f) * inner + i) for o in range(outer) for row, f in entries for i in range(inner)]
+    rows, channels = (list(axis) for axis in zip(*places, strict=True))
+    y, last = lhc.modal_ssm(u, *weights, None, rectangle, inner)
+    mine, state = lhc.modal_ssm(u, *weights, real.kept, rectangle[:, None, rows, channels], inner)
+    torch.testing.assert_close(mine, y)
+    torch.testing.assert_close(state, last[:, None, rows, channels])
+
+
+@SHARING
+def test_packed_modal_ssm_is_a_convolution_with_its_taps(outer: int, inner: int) -> None:
+    operator, channels, _ = packed(outer, inner)
+    u = draw(BATCH, TIME, channels, seed=2)
+    expected = direct_convolution(u, mixed().taps(TIME)[heard_through(outer, inner)])
+    torch.testing.assert_close(operator(u, None)[0], expected)
+
+
+@pytest.mark.parametrize("time", [1, 4])
+def test_filters_without_states(time: int) -> None:
+    """Only their direct terms are heard; the state there is, says nothing."""
+    zero, direct = torch.zeros(2, FILTERS).double(), draw(FILTERS)
+    kept = RealModal(zero, zero, zero, direct).kept
+    u, state = draw(BATCH, time, FILTERS), draw(BATCH, 1, 1)
+    y, last = lhc.modal_ssm(u, zero, zero, zero, direct, kept, state, 1)
+    torch.testing.assert_close(y, direct * u)
+    assert last.shape == (BATCH, 1, 1)
+
+
 @pytest.mark.parametrize(("time", "length"), [(1, 1), (1, 9), (9, 1), (9, 4), (4, 9), (8, 8)])
 def test_fft_convolve(time: int, length: int) -> None:
     u, taps = draw(2, 3, time), draw(3, length, seed=1)
@@ -135,7 +185,7 @@ def test_fft_convolve(time: int, length: int) -> None:
 
 
 def test_single_precision_stays_single_precision() -> None:
-    for kind in (long_conv, modal_ssm):
+    for kind in (long_conv, modal_ssm, packed):
         operator, channels, shape = kind(1, 1)
         y, last = operator(draw(1, 5, channels).float(), draw(1, *shape).float())
         assert (y.dtype, last.dtype) == (torch.float32, torch.float32)
@@ -145,12 +195,14 @@ def test_single_precision_stays_single_precision() -> None:
 @pytest.mark.parametrize("fresh", [True, False])
 def test_shapes_are_known_without_running(time: int, fresh: bool) -> None:
     """torch's own check of schema and fake bodies."""
-    real = random_modal(FILTERS, 2, torch.Generator().manual_seed(0)).real()
+    real = mixed().real()
+    tables = (real.own, real.other, real.readout, real.direct)
     u = draw(BATCH, time, 2 * FILTERS)
     for operator, weights, shape, last in (
         (ops.fir, (draw(6, 1, 4), draw(6)), (3, 6), 6),
         (ops.long_conv, (draw(FILTERS, 7),), (6, 6), 1),
-        (ops.modal_ssm, (real.own, real.other, real.readout, real.direct), (4, 6), 2),
+        (ops.modal_ssm, (*tables, None), (len(real.own), 6), 2),
+        (ops.modal_ssm, (*tables, real.kept), (1, 2 * len(real.kept)), 2),
     ):
         state = None if fresh else draw(BATCH, *shape)
         checks = ("test_schema", "test_faketensor")

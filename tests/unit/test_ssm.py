@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import random_modal
+from models import ORDERS, of_orders, random_modal
 from torch import Tensor
 
 from lhcompile.ssm import ModalSSM, RealModal, real_powers, swap
@@ -70,6 +70,36 @@ def test_orders_count_the_poles_in_use() -> None:
     residues[3, 1] = 0
     assert ModalSSM(s.poles, residues, s.direct).orders.tolist() == [6, 4, 0, 5]
     assert s.filters == 4
+
+
+def test_states_are_the_poles_in_use() -> None:
+    s = of_orders(system(filters=len(ORDERS)), ORDERS)
+    real = s.real()
+    kept = real.kept
+    assert (kept.dtype, len(kept)) == (torch.int64, sum(ORDERS))
+    assert torch.equal(kept, kept.unique())
+    table = torch.zeros_like(real.own).flatten()
+    table[kept] = 1
+    assert table.unflatten(0, real.own.shape).sum(0).tolist() == list(ORDERS)
+    for values in (real.own, real.other, real.readout):
+        assert not values.flatten()[table == 0].any()
+
+
+def test_both_rows_of_a_pair_are_states() -> None:
+    """Whatever else is zero: the angle a right one, or one row not read."""
+    real = RealModal(
+        own=torch.tensor([[0.0, 0.5, 0.5, 0.0], [0.0, 0.5, 0.0, 0.0]]),
+        other=torch.tensor([[-0.5, -0.1, 0.0, 0.0], [0.5, 0.1, 0.0, 0.0]]),
+        readout=torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 1.0]]),
+        direct=torch.zeros(4),
+    )
+    assert real.kept.tolist() == [0, 1, 2, 4, 5, 7]
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_bank_without_states_keeps_one(order: int) -> None:
+    zero = torch.zeros(order, 4)
+    assert RealModal(zero, zero, zero, torch.ones(4)).kept.tolist() == [0]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from models import VOCAB, WIDTH, Hyena, Mixer, convolve, program_of, tiny, with_modal
+from models import ORDERS, VOCAB, WIDTH, Hyena, Mixer, convolve, program_of, tiny, with_modal
 from onnx import GraphProto, ModelProto
 from streams import assert_parity, onnx_stream, serialized, torch_stream
 
@@ -26,15 +26,16 @@ from lhcompile.lower.portable import Step
 from lhcompile.recognize import recognize
 from lhcompile.streamify import streamify
 
-CASES = [("per channel", False), ("per channel", True), ("shared", False), ("shared", True)]
+CASES = [(name, form) for name in ("per channel", "shared") for form in ("exact", "modal", "packed")]
 MOVES = {"Slice", "Squeeze", "Unsqueeze", "Transpose", "Reshape", "Identity", "Cast", "Split"}
 """Operators that only move data: on a weight they are work left undone at build time."""
 FORBIDDEN_IN_STEP = {"Scan", "Loop", "If", "Shape", "Size", "Range", "Sin", "Cos", "ConstantOfShape", "NonZero", "Pad"}
-NODES_PER_LAYER = 32
-"""A Hyena layer's step: norm 1, projections 4, short convolution 5, split 1, gates 2, modal system 10, residual 1."""
+NODES_PER_LAYER = {"modal": 23, "packed": 28}
+"""A Hyena layer's step: norm 1, projections 4, short convolution 5, split 1, gates 2, residual 1; a modal system of one
+order 9, one of mixed orders 14."""
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {'modal' if case[1] else 'exact'}")
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: ", ".join(case))
 def case(request: pytest.FixtureRequest, built: Callable) -> tuple[Program, ModelProto, ModelProto]:
     """(streamed program, step, prefill)"""
     model = built(*request.param)
@@ -136,7 +137,7 @@ def test_nothing_tells_where_the_graph_was_made(case: tuple[Program, ModelProto,
 
 
 def test_the_same_program_gives_the_same_file(built: Callable) -> None:
-    model = built("shared", True)
+    model = built("shared", "modal")
     assert serialized(export_onnx(model.program, Step, one_token=True)) == serialized(model.lowered.step)
 
 
@@ -157,16 +158,29 @@ def test_onnxruntime_loads_every_graph_without_a_warning(built: Callable, tmp_pa
     assert (loaded.returncode, loaded.stdout, loaded.stderr) == (0, "", "")
 
 
-def test_nodes_per_layer() -> None:
+@pytest.mark.parametrize("form", NODES_PER_LAYER)
+def test_nodes_per_layer(form: str) -> None:
     """Two layers less one layer is one layer; its nodes are counted by hand in NODES_PER_LAYER."""
 
     def step(layers: int) -> Counter[str]:
-        streamed = streamify(with_modal(program_of(*[Hyena] * layers)))
+        streamed = streamify(with_modal(program_of(*[Hyena] * layers), orders=ORDERS if form == "packed" else None))
         return Counter(node.op_type for node in export_onnx(streamed, Step, one_token=True).graph)
 
     two, one = step(2), step(1)
-    assert (two - one).total() <= NODES_PER_LAYER
+    assert (two - one).total() <= NODES_PER_LAYER[form]
     assert not {"Transpose", "Reshape", "Unsqueeze", "Squeeze"} & set(two)
+
+
+@pytest.mark.parametrize("orders", [None, [1]], ids=["rectangular", "packed"])
+def test_real_poles_need_no_swap(orders: list[int] | None) -> None:
+    """`with_modal` gives systems of one slot two real poles, of two slots a pair as well."""
+
+    def step(slots: int, orders: list[int] | None) -> Counter[str]:
+        streamed = streamify(with_modal(program_of(Hyena), slots, orders=orders))
+        return Counter(node.op_type for node in export_onnx(streamed, Step, one_token=True).graph)
+
+    real, pairs = step(1, orders), step(2, orders and [4])
+    assert real + Counter(["Mul", "Add"]) + Counter(["Add", "GatherElements"] if orders else ["Gather"]) == pairs
 
 
 def test_the_other_target() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from models import random_modal
+from models import ORDERS, of_orders, random_modal
 
-from lhcompile.lower.tables import chunk_tables, rounded
+from lhcompile.lower.tables import chunk_tables, packing, rounded
 from lhcompile.ssm import RealModal, swap
 
 FILTERS = 3
@@ -70,6 +70,38 @@ def test_tables_are_rounded_once() -> None:
     powers = torch.from_numpy(chunk_tables(single, 512).powers[512])  # [2, F, d]
     torch.testing.assert_close(powers[0, :, 1], complex_pole.real.float(), rtol=1e-6, atol=0)
     torch.testing.assert_close(powers[1, :, 3], complex_pole.imag.float(), rtol=1e-6, atol=0)
+
+
+def test_packing_of_a_small_table() -> None:
+    """Four rows, so that rows 0 and 2 and rows 1 and 3 are slots; filters of orders 4, 1, 0 and 2."""
+    table = [
+        [0, 1, -1, 2],
+        [3, -1, -1, -1],
+        [4, -1, -1, 5],
+        [6, -1, -1, -1],
+    ]
+    index = packing(np.flatnonzero(np.array(table) >= 0), 4, 4)
+    assert index.kept.tolist() == [0, 1, 3, 4, 8, 11, 12]
+    assert index.sources.tolist() == [0, 1, 3, 0, 0, 3, 0]
+    assert index.partners.tolist() == [4, 1, 5, 6, 0, 2, 3]
+    assert index.positions.tolist() == [max(place, 0) for row in table for place in row]
+    assert {array.dtype for array in vars(index).values()} == {np.dtype(np.int32)}
+
+
+@pytest.mark.parametrize("slots", [3, 4])
+def test_packed_states_step_as_rows_do(slots: int) -> None:
+    s = of_orders(random_modal(len(ORDERS), slots, torch.Generator().manual_seed(0)), ORDERS).real()
+    index = packing(s.kept.numpy(), *s.own.shape)
+    kept, sources, partners, positions = (torch.from_numpy(array).long() for array in vars(index).values())
+    generator = torch.Generator().manual_seed(1)
+    u = torch.randn(len(ORDERS), generator=generator, dtype=torch.float64)
+    packed = torch.randn(len(kept), generator=generator, dtype=torch.float64)
+    y, rows = advanced(s, torch.zeros_like(s.own).flatten().index_put((kept,), packed).view_as(s.own), u)
+    packed = s.own.flatten()[kept] * packed + s.other.flatten()[kept] * packed[partners] + u[sources]
+    torch.testing.assert_close(packed, rows.flatten()[kept])
+    torch.testing.assert_close(packed[positions].view_as(s.own)[s.readout != 0], rows[s.readout != 0])
+    said = (s.direct * u).index_add(0, sources, s.readout.flatten()[kept] * packed)
+    torch.testing.assert_close(said, y)
 
 
 def test_rounded_is_contiguous_single_precision() -> None:

@@ -7,7 +7,21 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from models import CONTEXT, HEADS, VOCAB, WIDTH, HeadsInnermost, Hyena, Mixed, Mixer, program_of, tiny, with_modal
+from models import (
+    CONTEXT,
+    HEADS,
+    ORDERS,
+    VOCAB,
+    WIDTH,
+    HeadsBetween,
+    HeadsInnermost,
+    Hyena,
+    Mixed,
+    Mixer,
+    program_of,
+    tiny,
+    with_modal,
+)
 from streams import assert_parity, feed, torch_stream, zero_states
 from torch import Tensor, nn
 
@@ -80,6 +94,19 @@ def test_none_and_zeros_are_the_same_beginning() -> None:
     tokens = torch.randint(0, VOCAB, (2, 9))
     logits, _ = feed(torch_stream(streamed), tokens, zero_states(streamed.states, 2), [])
     torch.testing.assert_close(logits, program.graph(tokens))
+
+
+def test_packed_states_hold_what_filters_use() -> None:
+    """Orders by filter: 8 channels, 2 heads on 16 channels each, one filter for 8 channels."""
+    program = with_modal(program_of(Hyena, HeadsInnermost, HeadsBetween, Mixed), orders=ORDERS)
+    streamed = streamify(program)
+    square = WIDTH * WIDTH // HEADS
+    shapes = [state.shape for state in streamed.states if state.kind == "modal"]
+    per_head = sum(ORDERS[:HEADS]) * square // HEADS
+    assert shapes == [(1, sum(ORDERS) + ORDERS[0]), (1, per_head), (1, per_head), (1, ORDERS[0] * WIDTH)]
+    tokens = torch.randint(0, VOCAB, (2, 5))
+    _, after = feed(torch_stream(streamed), tokens, zero_states(streamed.states, 2), [])
+    assert [tuple(state.shape) for state in after] == [(2, *state.shape) for state in streamed.states]
 
 
 @pytest.mark.parametrize("modal", [False, True])

@@ -155,8 +155,8 @@ def _distilled(count: int = 2, modes: int = 16, length: int = 128, **changes: An
             requested=1e-3,
             measured=6.2e-4,
             orders=[
-                OrderTried(order=4, loss=1.085, rise=0.0046),
-                OrderTried(order=8, loss=1.0807, rise=6.2e-4),
+                OrderTried(order=4, loss=1.085, rise=0.0046, expected=0.0051),
+                OrderTried(order=8, loss=1.0807, rise=6.2e-4, expected=8e-4),
             ],
         ),
         "graph": GraphReport(step_nodes=212, nodes_per_layer=38.4),
@@ -272,10 +272,10 @@ def test_figures_that_are_not_finite_are_shown_and_kept() -> None:
         {"samples": [FilterSample(module="a", filter=0, taps=[NAN] * 5, fit=[NAN] * 5, error=NAN)] * 4},
         {"stages": [StageFidelity(name="reference", tokens=1, loss=0.0)]},
         {"stages": _stages(NAN, 0, 0)},
-        {"budget": BudgetReport(requested=0, orders=[OrderTried(order=8, loss=NAN, rise=NAN)])},
+        {"budget": BudgetReport(requested=0, orders=[OrderTried(order=8, loss=NAN, rise=NAN, expected=NAN)])},
         {
             "budget": BudgetReport(
-                requested=0, orders=[OrderTried(order=i, loss=1, rise=0) for i in range(1, 20)]
+                requested=0, orders=[OrderTried(order=i, loss=1, rise=0, expected=0) for i in range(1, 20)]
             )
         },
         {"model": ModelReport(family="a", source="b", parameters=0, context_length=1)},

@@ -1,0 +1,143 @@
+"""The long convolutions of a program as one bank of filters: what they are, what they hear, what the model feels.
+
+*Heard.* The power spectrum of a convolution's input weighs the fit of its filters (`distill.norm`).
+
+*Felt.* A deviation Δh of one filter's taps moves the log likelihood of a sequence y drawn from the model by v·Δh,
+v = ∂ log p(y)/∂h, and the KL divergence of the changed model from the true one is, to second order in Δh,
+
+    KL = ½ E_y (v·Δh)²      (the Fisher metric of the taps: the mean of v is zero)
+
+exactly, whatever the sequence does in time. Measured on a few deviations per filter, it gives the filter's
+*sensitivity*, KL per token for an error as large as the filter itself, and the costs of filters add up: their v are
+hardly correlated.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.fx import GraphModule, Interpreter, Node
+
+from lhcompile.artifacts import Program, module_path
+from lhcompile.distill.reduction import Reduction, checked
+from lhcompile.errors import DistillError
+
+__all__ = ["Convolutions", "copied", "taps_of"]
+
+lhc = torch.ops.lhc
+DRAWS = 32
+"""Sequences drawn for the sensitivities, at least: the mean of as many squares is known to a quarter."""
+
+
+class Convolutions:
+    """The long convolutions of a recognized program.
+
+    nodes: of the program's graph; taps: float64 [filters of all layers, length]; counts: filters of each layer
+    Raises DistillError, naming the module, for taps that no stable system can stand for.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.nodes: list[Node] = [n for n in program.graph.graph.nodes if n.target == lhc.long_conv.default]
+        taps = [_checked(program.graph, node) for node in self.nodes]
+        length = max((x.shape[1] for x in taps), default=0)
+        padded = [torch.nn.functional.pad(x, (0, length - x.shape[1])) for x in taps]
+        self.taps = torch.cat(padded) if padded else torch.zeros(0, 0, dtype=torch.float64)
+        self.counts = [x.shape[0] for x in taps]
+
+    @torch.no_grad()
+    def heard(self, tokens: Tensor) -> Tensor:
+        """Power spectrum of each filter's input on tokens [sequences, time], [filters, length + 1]."""
+        ear = _Ear(self.program.graph, self.nodes, self.taps.shape[1])
+        for rows in tokens.split(4):
+            ear.run(rows)
+        return torch.cat([torch.as_tensor(ear.power[node]) for node in self.nodes])
+
+    def sensitivity(self, tokens: Tensor, reductions: Sequence[Reduction], seed: int = 0) -> Tensor:
+        """KL per token that a relative squared error of 1 costs, float64 [filters].
+
+        tokens: [sequences, time], what is drawn from the model follows them position by position
+        reductions: deviations to measure with, of the same filters, in the norm that `error` is meant in
+        """
+        deviations = torch.stack([reduction.system.taps(self.taps.shape[1]) - self.taps for reduction in reductions])
+        squares = torch.stack([reduction.error.square() for reduction in reductions])
+        scale = squares.sum(1, keepdim=True).clamp_min(1e-300)  # large errors of low orders do not outweigh the others
+        generator = torch.Generator().manual_seed(seed)
+        felt = torch.zeros_like(squares)
+        draws = -(-DRAWS // tokens.shape[0])
+        for row in tokens.split(1):
+            for slopes in self._slopes(row, draws, generator):
+                felt += torch.einsum("fl,dfl->df", slopes.double(), deviations).square()
+        cost = felt / (2 * tokens.numel() * draws)
+        return (cost / scale).sum(0) / (squares / scale).sum(0).clamp_min(1e-300)
+
+    def _slopes(self, row: Tensor, draws: int, generator: torch.Generator) -> list[Tensor]:
+        """∂ log p(y)/∂h for sequences y drawn at every position of a row [1, time], [filters, length] each."""
+        names = [_name(node) for node in self.nodes]
+        with torch.enable_grad():
+            taps = {name: getattr(self.program.graph, name).detach().clone().requires_grad_() for name in names}
+            chances = functional_call(self.program.graph, taps, (row,))[0].log_softmax(-1)
+            drawn = torch.multinomial(chances.detach().exp(), draws, replacement=True, generator=generator)
+            found = []
+            for y in drawn.T:
+                likelihood = chances.gather(-1, y.unsqueeze(-1)).sum()
+                slopes = torch.autograd.grad(likelihood, list(taps.values()), retain_graph=True)
+                found.append(self._bank(slopes))
+        return found
+
+    def _bank(self, by_layer: Sequence[Tensor]) -> Tensor:
+        length = self.taps.shape[1]
+        return torch.cat([torch.nn.functional.pad(x, (0, length - x.shape[1])) for x in by_layer])
+
+    def with_taps(self, taps: Tensor) -> Program:
+        """The program with other taps [filters, length]: what a distilled model computes on a whole sequence."""
+        module = copied(self.program.graph)
+        for node, fitted in zip(self.nodes, taps.split(self.counts), strict=True):
+            setattr(module, _name(node), fitted[:, : taps_of(self.program.graph, node).shape[1]].float())
+        return Program(module, self.program.context)
+
+
+class _Ear(Interpreter):
+    """Runs a program and adds up the power spectrum of what each long convolution is given."""
+
+    def __init__(self, module: GraphModule, nodes: Sequence[Node], length: int) -> None:
+        super().__init__(module)
+        self.power: dict[Node, Tensor | float] = dict.fromkeys(nodes, 0.0)
+        self.length = length
+
+    def run_node(self, n: Node) -> object:
+        if n in self.power:
+            u, taps, _, inner = cast(tuple[Tensor, Tensor, None, int], self.fetch_args_kwargs_from_env(n)[0])
+            spectrum = torch.fft.rfft(u, n=2 * self.length, dim=1).abs().square()  # [batch, bins, channels]
+            grouped = spectrum.unflatten(2, (-1, taps.shape[0], inner))
+            self.power[n] = self.power[n] + grouped.double().mean(dim=(0, 2, 4)).T
+        return super().run_node(n)
+
+
+def taps_of(module: GraphModule, node: Node) -> Tensor:
+    """The taps of a long convolution, [filters, length]."""
+    return cast(Tensor, getattr(module, _name(node))).detach()
+
+
+def copied(module: GraphModule) -> GraphModule:
+    """A module of its own that shares every buffer until one is replaced."""
+    twin = copy.copy(module)
+    twin.__dict__["_buffers"] = dict(module._buffers)
+    twin.graph = copy.deepcopy(module.graph)
+    return twin
+
+
+def _name(node: Node) -> str:
+    return str(node.args[1].target)  # type: ignore[union-attr]
+
+
+def _checked(module: GraphModule, node: Node) -> Tensor:
+    try:
+        return checked(taps_of(module, node))
+    except DistillError as error:
+        raise DistillError(f"{module_path(node)}: {error}; --exact keeps taps as they are") from None
