@@ -162,11 +162,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Distilled:
-    """The program with its long convolutions replaced, layer by layer, and how the order was found."""
+    """The program with its long convolutions replaced, layer by layer, and how the order was found.
+
+    healed: loss before and after healing, on calibration tokens that it did not train on (for tokens sampled from the
+    model, the KL divergence); where it did not fall, the layers are as they were before
+    """
 
     program: Program
     layers: tuple[DistilledLayer, ...]
     trials: tuple[Trial, ...] = ()
+    healed: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ def report_of(
         budget=None
         if budget is None
         else BudgetReport(requested=budget, measured=rise, orders=summary.orders_tried(distilled)),
+        healing=summary.healing_of(distilled),
         graph=graph.model_copy(update={"nodes_per_layer": graph.step_nodes / blocks if blocks else None}),
         state_bytes=summary.state_bytes(lowered.states),
         timings=timings,

@@ -134,6 +134,11 @@ def build(model: Model, **options: Any) -> None:
     ]
     if report.order_mean is not None:
         rows.append(("order", f"mean {report.order_mean:.2f}, largest {max(x.order_max for x in report.layers)}"))
+    if report.healing is not None:
+        kept = "kept" if report.healing.kept else "not kept"
+        rows.append(
+            ("healing", f"{report.healing.before:.5f} → {report.healing.after:.5f} on tokens kept aside: {kept}")
+        )
     rows.append(("state", f"{_bytes(report.state_bytes)} per sequence"))
     if report.graph is not None and report.graph.nodes_per_layer is not None:
         rows.append(("step graph", f"{report.graph.step_nodes} nodes, {report.graph.nodes_per_layer:.1f} per layer"))

@@ -78,12 +78,16 @@ class DistillConfig(_Config):
         "up to 8.",
     )
     max_order: int = Field(64, ge=1, le=512, description="Largest order the budget may use.")
+    heal: int = Field(
+        0, ge=0, le=100_000, description="Steps of fine-tuning poles and residues against the model's own logits."
+    )
     uniform: bool = Field(False, description="One order for all filters, for runtimes that need equal states.")
 
     @model_validator(mode="after")
     def _one_way(self) -> DistillConfig:
         given = [name for name in ("budget", "order") if getattr(self, name) is not None]
         given += ["exact"] if self.exact else []
+        given += ["heal"] if self.exact and self.heal else []
         if len(given) > 1:
             raise ValueError(f"--{given[0]} and --{given[1]} exclude each other")
         return self

@@ -72,27 +72,28 @@ class Convolutions:
         draws = -(-DRAWS // tokens.shape[0])
         for row in tokens.split(1):
             for slopes in self._slopes(row, draws, generator):
-                felt += torch.einsum("fl,dfl->df", slopes.double(), deviations).square()
+                felt += torch.einsum("fl,dfl->df", slopes, deviations).square()
         cost = felt / (2 * tokens.numel() * draws)
         return (cost / scale).sum(0) / (squares / scale).sum(0).clamp_min(1e-300)
 
     def _slopes(self, row: Tensor, draws: int, generator: torch.Generator) -> list[Tensor]:
         """∂ log p(y)/∂h for sequences y drawn at every position of a row [1, time], [filters, length] each."""
-        names = [_name(node) for node in self.nodes]
         with torch.enable_grad():
-            taps = {name: getattr(self.program.graph, name).detach().clone().requires_grad_() for name in names}
-            chances = functional_call(self.program.graph, taps, (row,))[0].log_softmax(-1)
+            taps = self.taps.clone().requires_grad_()
+            chances = self.logits(taps, row)[0].log_softmax(-1)
             drawn = torch.multinomial(chances.detach().exp(), draws, replacement=True, generator=generator)
-            found = []
+            found: list[Tensor] = []
             for y in drawn.T:
                 likelihood = chances.gather(-1, y.unsqueeze(-1)).sum()
-                slopes = torch.autograd.grad(likelihood, list(taps.values()), retain_graph=True)
-                found.append(self._bank(slopes))
+                found += torch.autograd.grad(likelihood, taps, retain_graph=True)
         return found
 
-    def _bank(self, by_layer: Sequence[Tensor]) -> Tensor:
-        length = self.taps.shape[1]
-        return torch.cat([torch.nn.functional.pad(x, (0, length - x.shape[1])) for x in by_layer])
+    def logits(self, taps: Tensor, rows: Tensor) -> Tensor:
+        """Logits [batch, time, vocab] of rows [batch, time] with other taps [filters, length], whose gradient flows."""
+        layers = zip(self.nodes, taps.split(self.counts), strict=True)
+        module = self.program.graph
+        own = {_name(node): fitted[:, : taps_of(module, node).shape[1]].float() for node, fitted in layers}
+        return functional_call(module, own, (rows,))
 
     def with_taps(self, taps: Tensor) -> Program:
         """The program with other taps [filters, length]: what a distilled model computes on a whole sequence."""

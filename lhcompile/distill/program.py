@@ -20,6 +20,7 @@ from lhcompile.artifacts import Distilled, DistilledLayer, Program, Trial, modul
 from lhcompile.config import DistillConfig
 from lhcompile.distill.bank import Bank
 from lhcompile.distill.convolutions import Convolutions, copied, taps_of
+from lhcompile.distill.heal import heal
 from lhcompile.distill.norm import tap_norm
 from lhcompile.distill.reduction import Reduction, factorize
 from lhcompile.distill.search import search
@@ -71,7 +72,13 @@ def distill(
     else:
         assert tokens is not None
         reduction, trials = _within_budget(convolutions, bank, config, tokens, say, sampled)
-    return _replaced(convolutions, reduction, trials, uniform=config.uniform or config.order is not None)
+    healed = None
+    if config.heal:
+        assert tokens is not None
+        norm = tap_norm(convolutions.taps, weights)
+        reduction, healed = heal(convolutions, reduction, norm, tokens, config.heal, sampled, say)
+    done, layers = _replaced(convolutions, reduction, uniform=config.uniform or config.order is not None)
+    return Distilled(done, layers, trials, healed)
 
 
 def _within_budget(
@@ -99,8 +106,10 @@ def _within_budget(
     return search(bank, config, float(reference.mean()), sensitivity, measured, say)
 
 
-def _replaced(convolutions: Convolutions, reduction: Reduction, trials: tuple[Trial, ...], uniform: bool) -> Distilled:
-    """The program with a modal system for each convolution."""
+def _replaced(
+    convolutions: Convolutions, reduction: Reduction, uniform: bool
+) -> tuple[Program, tuple[DistilledLayer, ...]]:
+    """The program with a modal system for each convolution, and what became of each."""
     program = convolutions.program
     module = copied(program.graph)
     layers = []
@@ -126,7 +135,7 @@ def _replaced(convolutions: Convolutions, reduction: Reduction, trials: tuple[Tr
     for name in {str(node.args[1].target) for node in convolutions.nodes}:  # type: ignore[union-attr]
         delattr(module, name)
     module.recompile()
-    return Distilled(Program(module, program.context), tuple(layers), trials)
+    return Program(module, program.context), tuple(layers)
 
 
 def _trimmed(system: ModalSSM) -> ModalSSM:

@@ -13,6 +13,7 @@ __all__ = [
     "BudgetReport",
     "FilterSample",
     "GraphReport",
+    "HealingReport",
     "LayerReport",
     "ModelReport",
     "OrderTried",
@@ -144,6 +145,17 @@ class BudgetReport(_Part):
     orders: list[OrderTried] = []
 
 
+class HealingReport(_Part):
+    """Loss (KL for tokens sampled from the model) before and after fine-tuning, on tokens it did not train on.
+
+    kept: whether it fell, and the healed systems were taken
+    """
+
+    before: float
+    after: float
+    kept: bool
+
+
 class GraphReport(_Part):
     """Sizes of the step graph in ONNX nodes."""
 
@@ -169,6 +181,7 @@ class Report(_Part):
     spectra: list[Spectrum] = []
     poles: list[PoleCloud] = []
     budget: BudgetReport | None = None
+    healing: HealingReport | None = None
     graph: GraphReport | None = None
     state_bytes: int
     timings: dict[str, float] = {}

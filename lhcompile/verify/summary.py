@@ -7,9 +7,9 @@ import math
 import torch
 
 from lhcompile.artifacts import Distilled, DistilledLayer, State
-from lhcompile.verify.model import FilterSample, LayerReport, OrderTried, PoleCloud, Spectrum
+from lhcompile.verify.model import FilterSample, HealingReport, LayerReport, OrderTried, PoleCloud, Spectrum
 
-__all__ = ["layers_of", "orders_tried", "poles_of", "samples_of", "spectra_of", "state_bytes"]
+__all__ = ["healing_of", "layers_of", "orders_tried", "poles_of", "samples_of", "spectra_of", "state_bytes"]
 
 SAMPLE_POINTS = 1024
 POLES_SHOWN = 4096
@@ -96,6 +96,13 @@ def poles_of(distilled: Distilled) -> list[PoleCloud]:
             poles = poles[:: math.ceil(len(poles) / POLES_SHOWN) or 1]
             clouds.append(PoleCloud(module=layer.module, re=poles.real.tolist(), im=poles.imag.tolist()))
     return clouds
+
+
+def healing_of(distilled: Distilled) -> HealingReport | None:
+    if distilled.healed is None:
+        return None
+    before, after = distilled.healed
+    return HealingReport(before=before, after=after, kept=after < before)
 
 
 def orders_tried(distilled: Distilled) -> list[OrderTried]:
