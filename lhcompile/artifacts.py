@@ -128,6 +128,7 @@ class DistilledLayer:
     """What one long convolution became.
 
     taps: [filters, length] of the source; system: what stands for them, None where the taps are kept
+    head: [filters, k − 1], what is added to taps 1 … k − 1 of the system, where the first k are kept exactly
     orders: int [filters], real state dimensions; error: relative l2 error of the taps [filters]; bound: what no system
     of that order can go below, same norm [filters]; heard_error: the error weighted by the input's spectrum [filters]
     hankel_singular_values: [filters, k], relative to the Frobenius norm
@@ -139,6 +140,7 @@ class DistilledLayer:
     channels: int
     taps: Tensor
     system: ModalSSM | None = None
+    head: Tensor | None = None
     orders: Tensor | None = None
     error: Tensor | None = None
     bound: Tensor | None = None

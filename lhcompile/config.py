@@ -61,6 +61,15 @@ class CalibrationConfig(_Config):
     seed: int = Field(0, ge=0, description="Seed for sampled calibration tokens.")
 
 
+_EXCLUDED = {
+    "budget": ("order", "exact"),
+    "order": ("exact",),
+    "head": ("order", "exact", "uniform"),
+    "heal": ("exact",),
+}
+"""Options of distillation that make no sense together."""
+
+
 class DistillConfig(_Config):
     """How far convolutions are reduced. Budget is the default; order and exact exclude it."""
 
@@ -81,15 +90,28 @@ class DistillConfig(_Config):
     heal: int = Field(
         0, ge=0, le=100_000, description="Steps of fine-tuning poles and residues against the model's own logits."
     )
+    head: int = Field(
+        1,
+        ge=1,
+        le=128,
+        description="Up to so many first taps of a layer are kept exactly, where that makes its state smaller.",
+    )
     uniform: bool = Field(False, description="One order for all filters, for runtimes that need equal states.")
 
     @model_validator(mode="after")
     def _one_way(self) -> DistillConfig:
-        given = [name for name in ("budget", "order") if getattr(self, name) is not None]
-        given += ["exact"] if self.exact else []
-        given += ["heal"] if self.exact and self.heal else []
-        if len(given) > 1:
-            raise ValueError(f"--{given[0]} and --{given[1]} exclude each other")
+        asked = {
+            "budget": self.budget is not None,
+            "order": self.order is not None,
+            "exact": self.exact,
+            "head": self.head > 1,
+            "heal": self.heal > 0,
+            "uniform": self.uniform,
+        }
+        for one, others in _EXCLUDED.items():
+            for other in others:
+                if asked[one] and asked[other]:
+                    raise ValueError(f"--{one} and --{other} exclude each other")
         return self
 
     @property

@@ -95,6 +95,15 @@ class ModalSSM:
         taps[:, 0] += self.direct
         return taps
 
+    def noise(self, unit: float) -> Tensor:
+        """Rounding noise of the output when states are kept with a relative error of `unit`, for white input of size 1.
+
+        A state of size (1 − |λ|²)^{−1/2} is rounded once a step, the errors live on as it does and are read with |R|:
+        unit · |R| / (1 − |λ|²), added in squares. It is large where residues cancel. float64 [filters]
+        """
+        read = self.residues.abs() / (1 - self.poles.abs().square())
+        return unit * read.norm(dim=-1).to(torch.float64)
+
     def real(self) -> RealModal:
         """The real form, float64; see the module's text."""
         poles = self.poles.to(torch.complex128).T.unflatten(0, (-1, 2))  # [slots, 2, filters]

@@ -1,8 +1,9 @@
 """All filters of a model reduced to every order that is asked for, each once, and the cost of each choice.
 
-The cost of giving filter f the order d is its sensitivity times its squared error at that order, KL per token; costs
-of filters add up. For a price μ per state the cheapest choice is  argmin_d cost(f, d) + μ d  filter by filter: what
-an order buys is worth the same wherever one is spent. Falling prices give ever larger states and ever smaller costs.
+The cost of giving filter f the order d is its sensitivity times its squared error at that order, KL per token, rounding
+in float32 included; costs of filters add up. For a price μ per state the cheapest choice is  argmin_d cost(f, d) + μ d
+filter by filter: what an order buys is worth the same wherever one is spent. Falling prices give ever larger states and
+ever smaller costs.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ import torch
 from torch import Tensor
 
 from lhcompile.config import Method
-from lhcompile.distill.reduction import Reducer, Reduction, factorize, select
+from lhcompile.distill.reduction import Reducer, factorize
+from lhcompile.distill.result import Reduction, select, spread
 
 __all__ = ["REFINED", "Allocation", "Bank", "allocations", "uniform"]
 
 REFINED = 8
 """Largest order that `auto` refines: variable projection grows with the square of the order."""
+_RANK = 512
+"""The largest order; what a smaller one needs is found without it."""
+_UNIT = 2.0**-24
+"""States are float32."""
 _PRICES = 1.5
 """Ratio of one price to the next."""
 
@@ -28,13 +34,21 @@ class Bank:
     """Filters [filters, length] with their weights [filters, bins] or None.
 
     method: "hankel", "varpro", or "auto", refined where that takes seconds; say: told what is going on
+    heads: int [filters], first taps that are kept exactly; None: the first alone, which is the direct term
     """
 
-    _RANKS = (8, 32, 128, 512)
-
-    def __init__(self, taps: Tensor, weights: Tensor | None, method: Method, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        taps: Tensor,
+        weights: Tensor | None,
+        method: Method,
+        say: Callable[[str], None],
+        heads: Tensor | None = None,
+    ) -> None:
         self._taps, self._weights, self._method, self._say = taps, weights, method, say
-        self._reducers: dict[int, Reducer] = {}
+        heads = torch.ones(len(taps), dtype=torch.int64) if heads is None else heads
+        self._lengths, self._kind = heads.unique(return_inverse=True)
+        self._reducers: list[Reducer] = []
         self._found: dict[tuple[int, str], Reduction] = {}
 
     def reduce(self, order: int, method: str | None = None) -> Reduction:
@@ -44,14 +58,27 @@ class Bank:
         if method == "auto":
             method = "varpro" if order <= REFINED else "hankel"
         if (order, method) not in self._found:
-            rank = next(rank for rank in self._RANKS if rank >= order)
-            filters, length = self._taps.shape
-            if rank not in self._reducers:
-                self._say(f"factoring {filters} filters of length {length}")
-                self._reducers[rank] = factorize(self._taps, rank, self._weights)
-            self._say(f"reducing {filters} filters to order {order} ({method})")
-            self._found[order, method] = self._reducers[rank].reduce(order, method)
+            self._say(f"reducing {len(self._taps)} filters of length {self._taps.shape[1]} to order {order} ({method})")
+            parts = [reducer.reduce(order, method, _UNIT) for reducer in self._each()]
+            places = [(self._kind == kind).nonzero().squeeze(1) for kind in range(len(parts))]
+            laid = [spread(part, where, len(self._taps)) for part, where in zip(parts, places, strict=True)]
+            self._found[order, method] = parts[0] if len(parts) == 1 else select(laid, self._kind)
         return self._found[order, method]
+
+    def squares(self, order: int, method: str | None = None) -> Tensor:
+        """Relative squared error of the systems of an order as they will run: in float32, [filters]."""
+        found = self.reduce(order, method)
+        noise = found.system.noise(_UNIT) / self._taps.norm(dim=-1).clamp_min(1e-300)
+        return found.error.square() + noise.square()
+
+    def _each(self) -> list[Reducer]:
+        """The filters with heads of each length."""
+        if not self._reducers:
+            for kind, head in enumerate(self._lengths.tolist()):
+                rows = self._kind == kind
+                weights = None if self._weights is None else self._weights[rows]
+                self._reducers.append(factorize(self._taps[rows], _RANK, weights, head=head))
+        return self._reducers
 
 
 @dataclass(frozen=True)
@@ -59,12 +86,13 @@ class Allocation:
     """An order for every filter.
 
     orders: what there is to choose from; choice: int [filters], filter f has order orders[choice[f]]
-    predicted: KL per token it should cost
+    predicted: KL per token it should cost; price: KL per token that one more state was worth, 0 if there was no price
     """
 
     orders: tuple[int, ...]
     choice: Tensor
     predicted: float
+    price: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -97,7 +125,6 @@ def allocations(costs: Tensor, orders: tuple[int, ...]) -> list[Allocation]:
     while price > least:
         choice = (costs + price * states).argmin(1)
         if not found or not torch.equal(choice, found[-1].choice):
-            found.append(Allocation(orders, choice, float(costs.gather(1, choice.unsqueeze(1)).sum())))
+            found.append(Allocation(orders, choice, float(costs.gather(1, choice.unsqueeze(1)).sum()), price))
         price /= _PRICES
-    largest = torch.full((costs.shape[0],), len(orders) - 1)
-    return [*found, Allocation(orders, largest, float(costs[:, -1].sum()))]
+    return [*found, Allocation(orders, costs.argmin(1), float(costs[:, -1].sum()))]

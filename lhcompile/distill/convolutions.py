@@ -64,7 +64,7 @@ class Convolutions:
         tokens: [sequences, time], what is drawn from the model follows them position by position
         reductions: deviations to measure with, of the same filters, in the norm that `error` is meant in
         """
-        deviations = torch.stack([reduction.system.taps(self.taps.shape[1]) - self.taps for reduction in reductions])
+        deviations = torch.stack([reduction.taps(self.taps.shape[1]) - self.taps for reduction in reductions])
         squares = torch.stack([reduction.error.square() for reduction in reductions])
         scale = squares.sum(1, keepdim=True).clamp_min(1e-300)  # large errors of low orders do not outweigh the others
         generator = torch.Generator().manual_seed(seed)

@@ -28,6 +28,7 @@ formed: products with H go by FFT for all filters at once, O(columns · length l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +37,9 @@ from torch import Tensor
 from lhcompile.distill.norm import Norm, fast_size
 from lhcompile.distill.parts import in_parts
 from lhcompile.distill.spectrum import pack, radius_limit, stabilise
+from lhcompile.parallel import side_by_side
 
-__all__ = ["EARLY", "EVEN", "LEVEL", "HankelFactors", "Window", "factor", "order_limit"]
+__all__ = ["EVEN", "LEVEL", "HankelFactors", "Window", "factor", "order_limit"]
 
 _RANK_CUTOFF = 1e-12  # singular values below this share of the largest are rounding
 _SEED = 20231018
@@ -64,7 +66,6 @@ class Window:
 
 
 EVEN = Window(decay=1.0)  # every part of the filter counts: the poles of the Hankel method
-EARLY = (Window(decay=5.0), Window(decay=20.0))  # the first part counts more: other starts for refinement
 LEVEL = Window(level=True)  # every tap counts alike: the bound
 
 
@@ -83,7 +84,7 @@ class HankelFactors:
     energy: float64 [filters] = ‖H‖_F²
     beyond: float64 [filters, 2]: energy outside the subspace, in all and (estimated) in one direction
     floor:  float64 [filters], what turns Σ_{k>d} σ_k² into a bound of the squared relative error
-    length: taps per filter
+    length: taps per filter; head: how many of them are free
     """
 
     shift: Tensor
@@ -93,6 +94,7 @@ class HankelFactors:
     beyond: Tensor
     floor: Tensor
     length: int
+    head: int
 
     @property
     def rank(self) -> int:
@@ -101,7 +103,7 @@ class HankelFactors:
     def __getitem__(self, filters: Tensor | slice) -> HankelFactors:
         fields = (self.shift, self.last, self.values, self.energy, self.beyond, self.floor)
         shift, last, values, energy, beyond, floor = (field[filters] for field in fields)
-        return HankelFactors(shift, last, values, energy, beyond, floor, self.length)
+        return HankelFactors(shift, last, values, energy, beyond, floor, self.length, self.head)
 
     def poles(self, order: int) -> Tensor:
         """Stable poles of the given order ≤ rank, complex [filters, order rounded up to even], in slots."""
@@ -112,8 +114,8 @@ class HankelFactors:
         gain = 1 / (1 - last.square().sum(-1, keepdim=True)).clamp_min(1e-12)
         shift = self.shift[:, :order, :order]
         matrix = shift + (gain * last).unsqueeze(-1) @ (last.unsqueeze(1) @ shift)
-        eigenvalues = torch.linalg.eigvals(matrix)
-        return pack(stabilise(eigenvalues, radius_limit(self.length)), width)
+        eigenvalues = _eigenvalues(matrix)
+        return pack(stabilise(eigenvalues, radius_limit(self.length), self.head), width)
 
     def bound(self, order: int) -> Tensor:
         """Lower bound of the relative error of any system of the given order ≤ rank, [filters].
@@ -134,7 +136,7 @@ def factor(norm: Norm, rank: int, window: Window = EVEN) -> HankelFactors:
     bytes_each = 8 * 4 * norm.length * (_columns(rank) + 8)
     parts = in_parts(lambda part: _factor_part(norm[part], rank, window), norm.taps, bytes_each)
     shift, last, values, energy, beyond, floor = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-    return HankelFactors(shift, last, values, energy, beyond, floor, norm.length)
+    return HankelFactors(shift, last, values, energy, beyond, floor, norm.length, norm.head)
 
 
 def _factor_part(norm: Norm, rank: int, window: Window) -> tuple[Tensor, ...]:
@@ -147,7 +149,7 @@ def _factor_part(norm: Norm, rank: int, window: Window) -> tuple[Tensor, ...]:
     rank = min(rank, order_limit(n + 1))
     taper = window.taper(p, norm.length, heard)
     left, small = _project(heard, p, q, _columns(rank), taper)
-    vectors, values, _ = torch.linalg.svd(small)
+    vectors, values = _singular(small)
     inside, edge = values.square().sum(-1), values[:, min(values.shape[-1], (rank + _columns(rank)) // 2) - 1]
     vectors, values = vectors[..., :rank], values[..., :rank].clone()
     kept = values > _RANK_CUTOFF * values[:, :1].clamp_min(1e-300)
@@ -167,16 +169,15 @@ def _factor_part(norm: Norm, rank: int, window: Window) -> tuple[Tensor, ...]:
 
 def _heard(norm: Norm) -> tuple[Tensor, Tensor]:
     """The taps k_1, k_2, … the window is made of, and min_ω (w/|c|²) [filters]; see the module's text."""
-    taps, length = norm.taps, norm.length
+    taps, length, head = norm.taps, norm.length, norm.head
     ones = torch.ones(taps.shape[0], dtype=taps.dtype, device=taps.device)
-    if length < 3:  # two taps say nothing of the decay: half per step is assumed
+    if length - head < 2:  # two taps say nothing of the decay: half per step is assumed
         return torch.stack([taps[:, -1], taps[:, -1] / 2], -1), 0 * ones
     if norm.root is None:
-        return taps[:, 1:], ones
-    keep = max(1, length // 8)
+        return taps[:, head:], ones
+    keep = max(1, (length - head) // 8)
     size = 2 * norm.root.shape[-1] - 2
-    density = norm.root.square() * size
-    density[:, 1:-1] /= 2
+    density = norm.density()
     floored = torch.maximum(density, 1e-6 * density.amax(-1, keepdim=True)).clamp_min(1e-300)
     cepstrum = torch.fft.irfft(floored.log() / 2, n=size)
     cepstrum[:, 1 : size // 2] *= 2
@@ -184,7 +185,32 @@ def _heard(norm: Norm) -> tuple[Tensor, Tensor]:
     factor = torch.fft.irfft(torch.exp(torch.fft.rfft(cepstrum)), n=size)[:, :keep]
     response = torch.fft.rfft(factor, n=size)
     correlated = torch.fft.irfft(torch.fft.rfft(taps, n=size) * response.conj(), n=size)
-    return correlated[:, 1 : length - keep + 1], (density / response.abs().square().clamp_min(1e-300)).amin(-1)
+    return correlated[:, head : length - keep + 1], (density / response.abs().square().clamp_min(1e-300)).amin(-1)
+
+
+def _eigenvalues(matrices: Tensor) -> Tensor:
+    """Eigenvalues of real matrices [filters, n, n]."""
+    return _small(torch.linalg.eigvals, matrices)
+
+
+def _singular(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors [filters, n, n] and singular values of matrices [filters, n, n or more]."""
+
+    def both(part: Tensor) -> Tensor:
+        vectors, values, _ = torch.linalg.svd(part, full_matrices=False)
+        return torch.cat([vectors, values.unsqueeze(1)], 1)
+
+    small = max(matrices.shape[-2:]) <= 32  # accelerators have a batched Jacobi method up to this size
+    out = both(matrices) if small else _small(both, matrices)
+    return out[:, :-1], out[:, -1]
+
+
+def _small(work: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor:
+    """work(matrices) on a CPU, on all its cores: accelerators take small matrices one by one."""
+    if matrices.device.type == "cpu":
+        return work(matrices)
+    parts = matrices.cpu().split(-(-len(matrices) // torch.get_num_threads()))
+    return torch.cat(side_by_side(work, parts)).to(matrices.device)
 
 
 def _columns(rank: int) -> int:
@@ -237,8 +263,33 @@ def _orthonormal(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     coefficients [filters, block, done + block]
     """
     first = x @ basis.mT
-    new, upper = torch.linalg.qr((x - first @ basis).mT)
-    again = new.mT @ basis.mT
-    new, correction = torch.linalg.qr(new - basis.mT @ again.mT)
-    coefficients = torch.cat([first + upper.mT @ again, upper.mT @ correction.mT], dim=-1)
-    return new.mT, coefficients
+    new, lower = _lower_rows(x - first @ basis)
+    again = new @ basis.mT
+    new, correction = _lower_rows(new - again @ basis)
+    return new, torch.cat([first + lower @ again, lower @ correction], dim=-1)
+
+
+def _lower_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x = lower · new, rows of new orthonormal whatever the rank of x: [filters, block, n ≥ block] and [filters, block,
+    block]. Accelerators take QRs one by one, so they are given `_reflected`.
+    """
+    if x.device.type != "cpu":
+        return _reflected(x)
+    new, upper = torch.linalg.qr(x.mT)
+    return new.mT, upper.mT
+
+
+def _reflected(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by Householder reflections, one a row, for all filters at once."""
+    x, block = x.clone(), x.shape[1]
+    mirrors = []
+    for row in range(block):
+        mirror = x[:, row, row:].clone()
+        mirror[:, 0] += torch.copysign(mirror.norm(dim=-1), mirror[:, 0])
+        mirror = mirror / mirror.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+        mirrors.append(mirror.unsqueeze(1))
+        x[:, row:, row:] -= 2 * (x[:, row:, row:] @ mirror.unsqueeze(-1)) @ mirrors[-1]
+    new = torch.eye(block, x.shape[-1], dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
+    for row in reversed(range(block)):
+        new[:, :, row:] -= 2 * (new[:, :, row:] @ mirrors[row].mT) @ mirrors[row]
+    return new, x[..., :block].tril()

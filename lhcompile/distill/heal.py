@@ -62,6 +62,7 @@ def heal(
         return float((divergences(source, model, judged) if sampled else losses(model, judged)).mean())
 
     entries = _Entries.of(reduction.system)
+    head = reduction.taps(length) - reduction.system.taps(length)
     parameters = [x.requires_grad_() for x in (entries.decay, entries.angle, entries.residue, entries.direct)]
     optimizer = torch.optim.Adam(parameters, lr=RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (1 + math.cos(math.pi * k / steps)) / 2)
@@ -71,7 +72,7 @@ def heal(
         with torch.no_grad():
             truth = source(rows).log_softmax(-1)
         with torch.enable_grad():
-            found = convolutions.logits(entries.taps(length), rows).log_softmax(-1)
+            found = convolutions.logits(head + entries.taps(length), rows).log_softmax(-1)
             divergence = (truth.exp() * (truth - found)).sum(-1).mean()
             optimizer.zero_grad()
             divergence.backward()
@@ -79,9 +80,9 @@ def heal(
         schedule.step()
         say(f"healing, step {step + 1} of {steps}: KL {float(divergence.detach()):.2e}")
     system = entries.system(reduction.system, radius_limit(length))
-    error = norm.relative(norm.taps - system.taps(length))
-    healed = replace(reduction, system=system, method=f"{reduction.method}, healed", error=error)
-    before, after = (judge(each.taps(length)) for each in (reduction.system, system))
+    healed = replace(reduction, system=system, method=f"{reduction.method}, healed")
+    healed = replace(healed, error=norm.relative(norm.taps - healed.taps(length)))
+    before, after = (judge(each.taps(length)) for each in (reduction, healed))
     return (healed if after < before else reduction), (before, after)
 
 

@@ -12,19 +12,20 @@ from lhcompile.parallel import side_by_side
 
 __all__ = ["in_parts"]
 
-_BYTES = 1 << 26
+_BYTES, _ACCELERATOR_BYTES = 1 << 26, 1 << 30
 Result = TypeVar("Result")
 
 
 def in_parts(work: Callable[[slice], Result], taps: Tensor, bytes_each: int) -> list[Result]:
     """Results of `work` for consecutive slices of the filters of taps [filters, length], in order.
 
-    A part needs about 64 MiB, `bytes_each` per filter. On a CPU the parts run side by side, one thread each:
-    the operations are many and small, and threads that share one of them mostly wait for each other.
+    A part needs about 64 MiB (an accelerator: 1 GiB), `bytes_each` per filter. On a CPU the parts run side by side,
+    one thread each: the operations are many and small, and threads that share one of them mostly wait for each other.
     """
-    filters, threads = taps.shape[0], torch.get_num_threads()
-    step = max(1, min(_BYTES // max(1, bytes_each), -(-filters // threads)))
+    on_cpu, filters = taps.device.type == "cpu", taps.shape[0]
+    size, threads = (_BYTES, torch.get_num_threads()) if on_cpu else (_ACCELERATOR_BYTES, 1)
+    step = max(1, min(size // max(1, bytes_each), -(-filters // threads)))
     parts = [slice(start, min(start + step, filters)) for start in range(0, max(filters, 1), step)]
-    if taps.device.type != "cpu":
+    if not on_cpu:
         return [work(part) for part in parts]
     return side_by_side(work, parts)

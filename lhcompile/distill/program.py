@@ -10,7 +10,9 @@ the loss on those tokens stays within the budget with as little state as can be.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,13 +20,16 @@ from torch.fx import GraphModule, Node
 
 from lhcompile.artifacts import Distilled, DistilledLayer, Program, Trial, module_path
 from lhcompile.config import DistillConfig
-from lhcompile.distill.bank import Bank
+from lhcompile.distill.bank import Allocation, Bank
 from lhcompile.distill.convolutions import Convolutions, copied, taps_of
+from lhcompile.distill.heads import heads_at_price
 from lhcompile.distill.heal import heal
 from lhcompile.distill.norm import tap_norm
-from lhcompile.distill.reduction import Reduction, factorize
+from lhcompile.distill.reduction import factorize
+from lhcompile.distill.result import Reduction
 from lhcompile.distill.search import search
 from lhcompile.measure import divergences, losses
+from lhcompile.ops import per_channel
 from lhcompile.ssm import ModalSSM
 
 __all__ = ["distill"]
@@ -65,13 +70,16 @@ def distill(
     if tokens is not None:
         say("listening to the convolutions' inputs")
         weights = convolutions.heard(tokens)
-    bank = Bank(convolutions.taps, weights, config.method, say)
+
+    def bank_of(heads: Tensor | None) -> Bank:
+        return Bank(convolutions.taps, weights, config.method, say, heads)
+
     trials: tuple[Trial, ...] = ()
     if config.order is not None:
-        reduction = bank.reduce(config.order)
+        reduction = bank_of(None).reduce(config.order)
     else:
         assert tokens is not None
-        reduction, trials = _within_budget(convolutions, bank, config, tokens, say, sampled)
+        reduction, trials = _within_budget(convolutions, bank_of, config, tokens, say, sampled)
     healed = None
     if config.heal:
         assert tokens is not None
@@ -83,7 +91,7 @@ def distill(
 
 def _within_budget(
     convolutions: Convolutions,
-    bank: Bank,
+    bank_of: Callable[[Tensor | None], Bank],
     config: DistillConfig,
     tokens: Tensor,
     say: Callable[[str], None],
@@ -91,19 +99,34 @@ def _within_budget(
 ) -> tuple[Reduction, tuple[Trial, ...]]:
     """The smallest state whose loss on the tokens stays within the budget."""
     program = convolutions.program
+    bank = bank_of(None)
     probes = [bank.reduce(order, "hankel") for order in _PROBES]
     say("measuring how sensitive the model is to each filter")
     sensitivity = convolutions.sensitivity(tokens, probes)
     reference = losses(program, tokens)
 
     def measured(reduction: Reduction) -> tuple[Tensor, Tensor]:
-        model = convolutions.with_taps(reduction.system.taps(convolutions.taps.shape[1]))
+        model = convolutions.with_taps(reduction.single().taps(convolutions.taps.shape[1]))
         if sampled:
             found = divergences(program, model, tokens)
             return found, found
         return losses(model, tokens) - reference, divergences(program, model, tokens[::_EVERY])
 
-    return search(bank, config, float(reference.mean()), sensitivity, measured, say)
+    def searched(bank: Bank) -> tuple[Allocation, tuple[Trial, ...]]:
+        return search(bank, config, float(reference.mean()), sensitivity, measured, say)
+
+    best, trials = searched(bank)
+    if config.head > 1:
+        say("looking for layers that an exact head makes smaller")
+        every = torch.ones(len(convolutions.taps), dtype=torch.int64)
+        banks = (lambda head: bank_of(head * every)), convolutions.counts
+        heads = heads_at_price(*banks, sensitivity, best.price, config.head)
+        with_heads = bank_of(heads)
+        other, more = searched(with_heads)
+        trials += more
+        if other.mean + float(heads.double().mean()) - 1 < best.mean:
+            return other.reduction(with_heads), trials
+    return best.reduction(bank), trials
 
 
 def _replaced(
@@ -131,11 +154,33 @@ def _replaced(
         layers.append(_layer(program.graph, convolutions.nodes[index], part))
         node.target = lhc.modal_ssm.default
         node.args = (node.args[0], *weights, None, node.args[3])
+        if part.head.shape[1] and bool(part.head.any()):
+            _headed(module, node, part.head, index)
     module.graph.eliminate_dead_code()
     for name in {str(node.args[1].target) for node in convolutions.nodes}:  # type: ignore[union-attr]
         delattr(module, name)
     module.recompile()
     return Program(module, program.context), tuple(layers)
+
+
+def _headed(module: GraphModule, node: Node, head: Tensor, index: int) -> None:
+    """Adds to the output of a modal system a short convolution with taps 1 … k − 1, head [filters, k − 1]."""
+    u, inner = node.args[0], cast(int, node.args[-1])
+    head = head[:, : int(head.any(0).nonzero().max()) + 1]
+    taps = torch.nn.functional.pad(head, (1, 0)).flip(-1).float()
+    weight = per_channel(taps.T, _channels(node), inner).T.unsqueeze(1).contiguous()
+    module.register_buffer(f"head_{index}", weight)
+    (output,) = [user for user in node.users if user.args[1] == 0]
+    with module.graph.inserting_after(output):
+        table = module.graph.get_attr(f"head_{index}")
+        with module.graph.inserting_after(table):
+            short = module.graph.call_function(lhc.fir.default, (u, table, None, None, weight.shape[0]))
+    with module.graph.inserting_after(short):
+        said = module.graph.call_function(operator.getitem, (short, 0))
+    with module.graph.inserting_after(said):
+        total = module.graph.call_function(torch.ops.aten.add.Tensor, (output, said))
+    short.meta, said.meta, total.meta = dict(node.meta), dict(output.meta), dict(output.meta)
+    output.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
 
 def _trimmed(system: ModalSSM) -> ModalSSM:
@@ -149,7 +194,7 @@ def _layer(module: GraphModule, node: Node, part: Reduction) -> DistilledLayer:
     taps = taps_of(module, node)
     norm = tap_norm(taps, None)
     orders = part.system.orders
-    plain = factorize(taps, max(int(orders.max()), 1))
+    plain = factorize(taps, max(int(orders.max()), 1), head=part.head.shape[1] + 1)
     bound = torch.zeros_like(part.error)
     for order in orders.unique().tolist():
         bound = torch.where(orders == order, plain.bound(order), bound)
@@ -160,7 +205,8 @@ def _layer(module: GraphModule, node: Node, part: Reduction) -> DistilledLayer:
         taps=taps,
         system=part.system,
         orders=orders,
-        error=norm.relative(norm.taps - part.system.taps(norm.length)),
+        head=part.head,
+        error=norm.relative(norm.taps - part.taps(norm.length)),
         bound=bound,
         heard_error=part.error,
         hankel_singular_values=part.hankel_singular_values,

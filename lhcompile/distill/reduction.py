@@ -7,89 +7,67 @@ factorization of the filters' Hankel windows.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lhcompile.distill.balanced import EXTENDED
+from lhcompile.distill.chain import Chain, chain
 from lhcompile.distill.gradient import descend
-from lhcompile.distill.hankel import EARLY, EVEN, LEVEL, HankelFactors, Window, factor, order_limit
+from lhcompile.distill.hankel import EVEN, LEVEL, HankelFactors, Window, factor, order_limit
 from lhcompile.distill.modal import dominant
 from lhcompile.distill.norm import Norm, tap_norm
+from lhcompile.distill.parts import in_parts
+from lhcompile.distill.result import Reduction, select, spread
 from lhcompile.distill.spectrum import fit_residues
-from lhcompile.distill.varpro import refine
 from lhcompile.errors import DistillError
 from lhcompile.ssm import ModalSSM
 
 __all__ = ["METHODS", "Reducer", "Reduction", "checked", "factorize", "reduce", "select"]
 
 DEFAULT_METHOD = "varpro"
+_RANKS = (8, 16, 32, 64, 128, 256, 512)  # of Hankel factors: a small rank costs little
 METHODS: dict[str, Callable[[Reducer, int], tuple[ModalSSM, Tensor]]] = {}
 
 
 @dataclass(frozen=True)
-class Reduction:
-    """Filters of `length` taps as modal systems.
-
-    system: ModalSSM, poles [filters, order rounded up to even]
-    error:  float64 [filters], ‖h − ĥ‖ / ‖h‖ over the taps given: l2, or the input-weighted norm of
-            `distill.norm` when weights were given; 0 for a filter that is all zeros
-    bound:  float64 [filters] ≤ error: no system of this order, however found, has a smaller error in the
-            same norm (`distill.hankel`: Eckart–Young on the Hankel window)
-    hankel_singular_values: float64 [filters, k], of the window the bound comes from, relative to its
-            Frobenius norm, so that their squares add up to at most 1
-    seconds: wall time of this reduction, without the factorization when that was shared
-    method: name in METHODS
-    """
-
-    system: ModalSSM
-    error: Tensor
-    bound: Tensor
-    hankel_singular_values: Tensor
-    seconds: float
-    method: str
-
-    def __getitem__(self, filters: Tensor) -> Reduction:
-        """The reduction of some of the filters, given by index or by mask."""
-        whole = self.system
-        system = ModalSSM(whole.poles[filters], whole.residues[filters], whole.direct[filters])
-        return replace(
-            self,
-            system=system,
-            error=self.error[filters],
-            bound=self.bound[filters],
-            hankel_singular_values=self.hankel_singular_values[filters],
-        )
-
-
-@dataclass(frozen=True)
 class Reducer:
-    """Filters ready to be reduced to any order up to `rank`; their windows are factored once, when needed."""
+    """Filters ready to be reduced to any order up to `rank`; what one order makes is kept for the next."""
 
     norm: Norm
     rank: int
-    _factors: dict[Window, HankelFactors] = field(default_factory=dict, repr=False)
+    _factors: dict[tuple[Window, int], HankelFactors] = field(default_factory=dict, repr=False)
+    _chains: list[Chain] = field(default_factory=list, repr=False)
 
     def __getitem__(self, filters: Tensor) -> Reducer:
         """Some of the filters, with what is known of them."""
-        return Reducer(self.norm[filters], self.rank, {w: f[filters] for w, f in self._factors.items()})
+        factors = {window: known[filters] for window, known in self._factors.items()}
+        return Reducer(self.norm[filters], self.rank, factors, [known[filters] for known in self._chains])
 
-    def factors(self, window: Window = EVEN) -> HankelFactors:
-        """The factors of a window, rank `rank`."""
-        if window not in self._factors:
-            self._factors[window] = factor(self.norm, self.rank, window)
-        return self._factors[window]
+    def factors(self, window: Window = EVEN, order: int | None = None) -> HankelFactors:
+        """The factors of a window for an order up to `rank`, whose choice does not depend on the rank."""
+        rank = self.rank if order is None else next(rank for rank in (*_RANKS, order) if rank >= order)
+        if (window, rank) not in self._factors:
+            self._factors[window, rank] = factor(self.norm, rank, window)
+        return self._factors[window, rank]
+
+    def chain(self) -> Chain:
+        """The refined systems of every order, as far as they have been asked for."""
+        if not self._chains:
+            self._chains.append(chain(self.norm))
+        return self._chains[0]
 
     def bound(self, order: int) -> Tensor:
         """Lower bound of the relative error of any system of an order, [filters]; see `distill.hankel`."""
-        bounds = [self.factors(window).bound(min(order, self.rank)) for window in (LEVEL, EVEN)]
-        return torch.maximum(*bounds)
+        return self.factors(LEVEL, max(order, 1)).bound(min(order, self.rank))
 
-    def reduce(self, order: int, method: str = DEFAULT_METHOD) -> Reduction:
+    def reduce(self, order: int, method: str = DEFAULT_METHOD, unit: float = 0.0) -> Reduction:
         """The systems of one order (real state dimensions, odd or even); the order is cut to the rank.
 
+        unit: relative rounding of the states the systems will run with, 2⁻²⁴ for float32; residues are then fitted
+        for the error that is left with it (`fit_residues`).
         The width of the result is that of the order asked for, also where length or rank cut it.
         """
         if order < 0:
@@ -98,12 +76,16 @@ class Reducer:
             raise DistillError(f"no distillation method {method!r}; there are {', '.join(METHODS)}")
         started = time.perf_counter()
         system, error = METHODS[method](self, min(order, self.rank))
+        if unit:
+            system, error = _steadied(self.norm, system, error, unit)
+        free, error = _free(self.norm, system, error)
         missing = order + order % 2 - system.poles.shape[1]
         poles = torch.nn.functional.pad(system.poles, (0, missing))
         residues = torch.nn.functional.pad(system.residues, (0, missing))
-        level = self.factors(LEVEL)
+        level = self.factors(LEVEL, max(min(order, self.rank), 1))
         return Reduction(
-            system=ModalSSM(poles, residues, system.direct),
+            system=ModalSSM(poles, residues, free[:, 0]),
+            head=free[:, 1:],
             error=error,
             bound=self.bound(order),
             hankel_singular_values=level.values / level.energy.sqrt().unsqueeze(-1).clamp_min(1e-300),
@@ -112,18 +94,71 @@ class Reducer:
         )
 
 
+def _steadied(norm: Norm, system: ModalSSM, error: Tensor, unit: float) -> tuple[ModalSSM, Tensor]:
+    """The systems, with other residues where rounding noise is not far below the error."""
+    rough = system.noise(unit) > error * norm.size(norm.taps) / 4
+    if not bool(rough.any()):
+        return system, error
+    again, found = fit_residues(system.poles[rough], norm[rough], unit)
+    fields = [getattr(system, name).clone() for name in ("poles", "residues", "direct")]
+    for old, new in zip(fields, (again.poles, again.residues, again.direct), strict=True):
+        old[rough] = new
+    return ModalSSM(*fields), error.index_put((rough,), found)
+
+
+def _free(norm: Norm, system: ModalSSM, error: Tensor) -> tuple[Tensor, Tensor]:
+    """What the head adds to the first taps of the modes, [filters, head], and the relative error with it."""
+    if norm.head == 1:
+        return system.direct.unsqueeze(-1), error
+
+    def free(part: slice) -> tuple[Tensor, Tensor]:
+        modes = ModalSSM(system.poles[part], system.residues[part], torch.zeros_like(system.direct[part]))
+        left = norm.taps[part] - modes.taps(norm.length)
+        head = norm[part].free(left)
+        left[:, : norm.head] -= head
+        return head, norm[part].relative(left)
+
+    size = 16 * 4 * norm.length * (system.poles.shape[1] + 1)
+    heads, errors = zip(*in_parts(free, norm.taps, size), strict=True)
+    return torch.cat(heads), torch.cat(errors)
+
+
 def _hankel(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
     """Poles of Kung's realization, residues and direct term refitted."""
-    return fit_residues(reducer.factors().poles(order), reducer.norm)
+    return fit_residues(reducer.factors(EVEN, max(order, 1)).poles(order), reducer.norm)
 
 
 def _varpro(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
-    """The best of several Hankel starts after a few steps of variable projection, refined to the end."""
-    starts = [reducer.factors(window).poles(order) for window in (EVEN, LEVEL, *EARLY)]
-    best = fit_residues(starts[0], reducer.norm)
-    for start in starts:
-        best = _better(best, fit_residues(refine(start, reducer.norm, order, steps=8), reducer.norm))
-    return _better(best, fit_residues(refine(best[0].poles, reducer.norm, order), reducer.norm))
+    """The refined system, never worse than Kung's realization nor than the refined system one order below.
+
+    Where the closed form of `distill.chain` cannot tell (errors near rounding, nothing gained by the last order,
+    residues of a size that the fit avoids) those are fitted too, and the smallest error of the taps decides.
+    """
+    norm = reducer.norm
+    if order == 0 or norm.length - norm.head < 2:
+        return _hankel(reducer, order)
+    poles, cost = reducer.chain().poles(order, lambda d: [reducer.factors(w, d).poles(d) for w in (EVEN, LEVEL)])
+    best = fit_residues(poles, norm)
+    whole = norm.size(norm.taps).square()
+    reached = best[1].square() * whole
+    _, below = reducer.chain().found[order - 1]
+    unsure = (reached > 0.999 * below) | (cost < 1e-7 * whole)
+    for method, where in ((_varpro, order - 1), (_hankel, order)):
+        if bool(unsure.any()):
+            system, error = method(reducer[unsure], where)
+            best = _better(best, _laid_out(system, error, unsure, poles.shape[1]))
+    return best
+
+
+def _laid_out(system: ModalSSM, error: Tensor, where: Tensor, width: int) -> tuple[ModalSSM, Tensor]:
+    """Systems of the filters in a mask laid out over all of them, the others infinitely bad."""
+
+    def lay(x: Tensor, rest: float = 0.0) -> Tensor:
+        return x.new_full((len(where), *x.shape[1:]), rest).index_put((where,), x)
+
+    missing = (0, width - system.poles.shape[1])
+    poles, residues = (lay(torch.nn.functional.pad(x, missing)) for x in (system.poles, system.residues))
+    return ModalSSM(poles, residues, lay(system.direct)), lay(error, float("inf"))
 
 
 def _better(one: tuple[ModalSSM, Tensor], other: tuple[ModalSSM, Tensor]) -> tuple[ModalSSM, Tensor]:
@@ -139,7 +174,7 @@ def _better(one: tuple[ModalSSM, Tensor], other: tuple[ModalSSM, Tensor]) -> tup
 
 def _balanced(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
     """Poles of the balanced truncation, residues and direct term refitted."""
-    return fit_residues(reducer.factors(EXTENDED).poles(order), reducer.norm)
+    return fit_residues(reducer.factors(EXTENDED, max(order, 1)).poles(order), reducer.norm)
 
 
 def _modal(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
@@ -157,15 +192,16 @@ def _gradient(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
 METHODS.update(hankel=_hankel, varpro=_varpro, balanced=_balanced, modal=_modal, gradient=_gradient)
 
 
-def factorize(taps: Tensor, rank: int, weights: Tensor | None = None) -> Reducer:
-    """Check taps and factor their Hankel windows for all orders up to min(rank, (length − 1) // 2).
+def factorize(taps: Tensor, rank: int, weights: Tensor | None = None, head: int = 1) -> Reducer:
+    """Check taps and get ready for all orders up to min(rank, (length − head) // 2).
 
     taps: real [filters, length], h_0 first; weights: power spectrum of the filters' input [filters, bins]
     (or [1, bins] for all), bins from frequency 0 to π inclusive, any scale; None weighs all alike.
+    head: how many of the first taps are exact, as a short filter beside the system; 1 is its direct term.
     Runs on the taps' device in float64. Raises DistillError for NaN, Inf and growing taps.
     """
-    norm = tap_norm(checked(taps), weights)
-    return Reducer(norm, min(max(rank, 1), max(order_limit(norm.length), 1)))
+    norm = tap_norm(checked(taps), weights, head)
+    return Reducer(norm, min(max(rank, 1), max(order_limit(norm.length - norm.head + 1), 1)))
 
 
 def reduce(
@@ -174,57 +210,24 @@ def reduce(
     tol: float | None = None,
     weights: Tensor | None = None,
     method: str = DEFAULT_METHOD,
+    head: int = 1,
 ) -> Reduction:
     """Reduce filters [filters, length] to modal systems of an order, or within a tolerance.
 
-    order: real state dimensions of every filter; more than (length − 1) // 2 gains nothing and is cut.
+    order: real state dimensions of every filter; more than (length − head) // 2 gains nothing and is cut.
     tol: each filter gets the smallest order of 1, 2, 3, 4, 6, 8, 12, 16, … whose error is ≤ tol, at most
     `order` if that is given too. Raises DistillError, naming the best error, where no order does.
-    weights: as in `factorize`.
+    weights, head: as in `factorize`.
     """
     started = time.perf_counter()
     if order is None and tol is None:
         raise DistillError("give an order or a tolerance")
     if tol is None:
         assert order is not None
-        result = factorize(taps, order, weights).reduce(order, method)
+        result = factorize(taps, order, weights, head).reduce(order, method)
     else:
-        result = _within(taps, order, tol, weights, method)
+        result = _within(taps, order, tol, weights, method, head)
     return replace(result, seconds=time.perf_counter() - started)
-
-
-def select(reductions: Sequence[Reduction], choice: Tensor) -> Reduction:
-    """One reduction out of several of the same filters: filter f as in reductions[choice[f]].
-
-    choice: int [filters]. Widths are padded to the largest that is chosen.
-    """
-    used = sorted({int(c) for c in choice.unique()})
-    width = max(reductions[c].system.poles.shape[1] for c in used)
-    count = min(reductions[c].hankel_singular_values.shape[1] for c in used)
-
-    def pick(of: Callable[[Reduction], Tensor]) -> Tensor:
-        out = of(reductions[used[0]])
-        for c in used[1:]:
-            chosen = (choice == c).reshape(-1, *[1] * (out.dim() - 1))
-            out = torch.where(chosen, of(reductions[c]), out)
-        return out
-
-    def padded(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x, (0, width - x.shape[1]))
-
-    system = ModalSSM(
-        pick(lambda r: padded(r.system.poles)),
-        pick(lambda r: padded(r.system.residues)),
-        pick(lambda r: r.system.direct),
-    )
-    return Reduction(
-        system=system,
-        error=pick(lambda r: r.error),
-        bound=pick(lambda r: r.bound),
-        hankel_singular_values=pick(lambda r: r.hankel_singular_values[:, :count]),
-        seconds=sum(reductions[c].seconds for c in used),
-        method=reductions[used[0]].method,
-    )
 
 
 def _ladder(largest: int) -> list[int]:
@@ -233,10 +236,11 @@ def _ladder(largest: int) -> list[int]:
     return [s for s in steps if s < largest] + [largest]
 
 
-def _within(taps: Tensor, order: int | None, tol: float, weights: Tensor | None, method: str) -> Reduction:
+def _within(taps: Tensor, order: int | None, tol: float, weights: Tensor | None, method: str, head: int) -> Reduction:
     """The smallest order of the ladder for each filter; ranks grow only for the filters that need them."""
     filters, length = checked(taps).shape
-    largest = order_limit(length) if order is None else min(order, order_limit(length))
+    limit = order_limit(max(length - head + 1, 1))
+    largest = limit if order is None else min(order, limit)
     ladder = _ladder(largest) if largest else [0]
     own = None if weights is None else weights.expand(filters, -1)
     open_ = torch.arange(filters, device=taps.device)
@@ -246,11 +250,11 @@ def _within(taps: Tensor, order: int | None, tol: float, weights: Tensor | None,
     for step, rung in enumerate(ladder):
         if reducer is None or rung > reducer.rank:
             rank = min(largest, 4 * rung)
-            reducer = factorize(taps[open_], rank, None if own is None else own[open_])
+            reducer = factorize(taps[open_], rank, None if own is None else own[open_], head)
             inside = open_
         part = torch.isin(inside, open_)
         result = reducer[part].reduce(rung, method)
-        found.append(_spread(result, open_, filters))
+        found.append(spread(result, open_, filters))
         met = result.error <= tol
         choice[open_[met]] = step
         worst = (int(open_[result.error.argmax()]), float(result.error.max()))
@@ -260,22 +264,6 @@ def _within(taps: Tensor, order: int | None, tol: float, weights: Tensor | None,
     raise DistillError(
         f"tolerance {tol:g} is out of reach for {len(open_)} of {filters} filters: "
         f"filter {worst[0]} has error {worst[1]:.3g} at order {ladder[-1]}, the largest allowed"
-    )
-
-
-def _spread(result: Reduction, where: Tensor, filters: int) -> Reduction:
-    """A reduction of some filters laid out over all of them; the others are zero systems."""
-
-    def lay(x: Tensor) -> Tensor:
-        return x.new_zeros(filters, *x.shape[1:]).index_copy(0, where, x)
-
-    system = ModalSSM(lay(result.system.poles), lay(result.system.residues), lay(result.system.direct))
-    return replace(
-        result,
-        system=system,
-        error=lay(result.error),
-        bound=lay(result.bound),
-        hankel_singular_values=lay(result.hankel_singular_values),
     )
 
 

@@ -39,8 +39,8 @@ def search(
     sensitivity: Tensor,
     measured: Callable[[Reduction], tuple[Tensor, Tensor]],
     say: Callable[[str], None],
-) -> tuple[Reduction, tuple[Trial, ...]]:
-    """The systems of the smallest allocation within the budget, and all trials on the way.
+) -> tuple[Allocation, tuple[Trial, ...]]:
+    """The smallest allocation within the budget, and all trials on the way.
 
     reference: the source's loss; sensitivity: KL per token for a relative squared error of 1, [filters]
     measured: by how much the loss of the model with these systems is above the source's, and its KL divergence from
@@ -51,7 +51,7 @@ def search(
     limit = min(_FIRST, config.max_order)
     while True:
         orders = _orders(limit, config.uniform)
-        costs = torch.stack([sensitivity * bank.reduce(order).error.square() for order in orders], 1)
+        costs = torch.stack([sensitivity * bank.squares(order) for order in orders], 1)
         ladder = (uniform if config.uniform else allocations)(costs, orders)
 
         def passes(allocation: Allocation) -> bool:
@@ -65,7 +65,7 @@ def search(
         enough = [place for place, step in enumerate(ladder) if step.predicted <= config.rise * scale]
         best = _cheapest(ladder, enough[0] if enough else len(ladder) - 1, passes)
         if best is not None:
-            return best.reduction(bank), tuple(trials)
+            return best, tuple(trials)
         if limit == config.max_order:
             break
         limit = min(2 * limit, config.max_order)

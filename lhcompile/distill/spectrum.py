@@ -26,14 +26,14 @@ def radius_limit(length: int) -> float:
     return 1.0 - max(1e-3 / length, 2e-7)
 
 
-def stabilise(poles: Tensor, limit: float) -> Tensor:
-    """Poles outside the unit circle are reflected into it (λ → 1/λ̄), moduli cut to 10⁻³ … limit.
+def stabilise(poles: Tensor, limit: float, head: int = 1) -> Tensor:
+    """Poles outside the unit circle are reflected into it (λ → 1/λ̄), moduli cut to 10^(−3/head) … limit.
 
-    A pole below 10⁻³ is one tap at t = 1: the residue that gives it size costs float32 its digits in tap 0.
+    A pole below that is one tap at t = head: the residue that gives it size costs float32 its digits in tap 0.
     Exact zeros, which stand for unused entries, stay.
     """
     modulus = poles.abs()
-    wanted = torch.where(modulus > 1, 1 / modulus.clamp_min(1e-300), modulus).clamp(1e-3, limit)
+    wanted = torch.where(modulus > 1, 1 / modulus.clamp_min(1e-300), modulus).clamp(10 ** (-3 / head), limit)
     return torch.where(modulus > 0, poles * (wanted / modulus.clamp_min(1e-300)), poles)
 
 
@@ -117,36 +117,43 @@ def least_squares(rows: Tensor, target: Tensor) -> Tensor:
     return torch.where(x.abs() > rounding, x * scale, torch.zeros_like(x))
 
 
-def fit_residues(poles: Tensor, norm: Norm) -> tuple[ModalSSM, Tensor]:
+def fit_residues(poles: Tensor, norm: Norm, unit: float = 0.0) -> tuple[ModalSSM, Tensor]:
     """The best system with the given poles, and its relative error.
 
-        min over R, D of ‖h − ĥ‖_w,   ĥ_t = Σ_k R_k λ_k^t + D δ_t
+        min over R, D of ‖h − ĥ‖_w,   ĥ_t = Σ_k R_k λ_k^t + D δ_t   (and over the other taps of the norm's head)
 
     poles: complex [filters, order], stable, in slots → ModalSSM, float64 [filters]
     The minimum is global: the problem is linear. A pole the fit has no use for becomes an unused entry.
+    unit: relative rounding of the states the system will run with: what is minimised is the squared error and the
+    squared rounding noise (`ModalSSM.noise`) together, which forbids residues that cancel. The error is still ‖h − ĥ‖.
     Taken in parts of bounded memory.
     """
     bytes_each = 8 * 6 * norm.length * (poles.shape[1] + 2)
-    parts = in_parts(lambda part: _fit_part(poles[part], norm[part]), norm.taps, bytes_each)
+    parts = in_parts(lambda part: _fit_part(poles[part], norm[part], unit), norm.taps, bytes_each)
     fields = [torch.cat([getattr(system, name) for system, _ in parts]) for name in ("poles", "residues", "direct")]
     return ModalSSM(*fields), torch.cat([error for _, error in parts])
 
 
-def _fit_part(poles: Tensor, norm: Norm) -> tuple[ModalSSM, Tensor]:
+def _fit_part(poles: Tensor, norm: Norm, unit: float) -> tuple[ModalSSM, Tensor]:
     _, _, pair = _slots(poles)
     if poles.shape[1] == 0:
         error = norm.taps.clone()
         residues = poles.clone()
     else:
         span = powers(poles, norm.length)
-        x = least_squares(norm.rows(span), norm.rows(norm.taps.unsqueeze(1)).squeeze(1))
+        rows, target = norm.rows(span), norm.rows(norm.taps.unsqueeze(1)).squeeze(1)
+        if unit:
+            gain = unit / (1 - poles.abs().square()) * torch.where(pair, 0.5**0.5, 1.0).repeat_interleave(2, -1)
+            rows = torch.cat([rows, torch.diag_embed(gain)], -1)
+            target = torch.nn.functional.pad(target, (0, poles.shape[1]))
+        x = least_squares(rows, target)
         error = norm.taps - (x.unsqueeze(1) @ span).squeeze(1)
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         zero = torch.zeros_like(a)
         first = torch.complex(torch.where(pair, a / 2, a), torch.where(pair, -b / 2, zero))
         second = torch.where(pair, first.conj(), torch.complex(b, zero))
         residues = torch.stack([first, second], -1).flatten(-2)
-    direct = norm.direct(error)
-    error[:, 0] -= direct
+    free = norm.free(error)
+    error[:, : norm.head] -= free
     used = torch.where(residues != 0, poles, torch.zeros_like(poles))
-    return ModalSSM(used, residues, direct), norm.relative(error)
+    return ModalSSM(used, residues, free[:, 0]), norm.relative(error)

@@ -135,3 +135,23 @@ def test_swap_exchanges_the_rows_of_every_slot() -> None:
     x = torch.randn(2, 6, 3)
     assert torch.equal(swap(x, 1), torch.cat([x[:, 3:], x[:, :3]], 1))
     assert torch.equal(swap(swap(x, 1), 1), x)
+
+
+def test_noise_is_that_of_a_recurrence_in_single_precision() -> None:
+    """White input through the recurrence with states in float32, against float64: the right size, cancelling or not."""
+    poles = torch.tensor([[0.9, 0.5], [1e-3, 2e-3], [0.99, 0.9899]], dtype=torch.complex128)
+    residues = torch.tensor([[1.0, -0.5], [1e5, -1e5], [3e3, -3e3]], dtype=torch.complex128)
+    system = ModalSSM(poles, residues, torch.zeros(3, dtype=torch.float64))
+    real = system.real()
+    u = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        own, readout = real.own.float().to(dtype), real.readout.to(dtype)
+        state, out = torch.zeros_like(own), []
+        for x in u.float().to(dtype):
+            state = own * state + x
+            out.append((readout.double() * state.double()).sum(0))
+        found.append(torch.stack(out))
+    measured = (found[0] - found[1]).square().mean(0).sqrt()
+    ratio = system.noise(2.0**-24) / measured
+    assert bool(((ratio > 0.5) & (ratio < 20)).all()), ratio

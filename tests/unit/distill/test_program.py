@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -109,13 +111,41 @@ def test_states_of_mixed_orders_are_packed_where_that_halves_them() -> None:
     source = recognize(capture(LoadedModel(model, "module", CONTEXT, 0, "")))
     states = {}
     for same in (False, True):
-        distilled = distill(source, DistillConfig(budget=1e-7, uniform=same), random_tokens(4))
+        distilled = distill(source, DistillConfig(budget=1e-7, uniform=same), random_tokens(4), sampled=True)
         streamed = streamify(distilled.program)
         states[same] = streamed.states[0].shape
         torch.testing.assert_close(streamed(random_tokens(5)), source(random_tokens(5)), rtol=1e-3, atol=1e-3)
     assert states[True][1] == WIDTH
     assert states[False][0] == 1
     assert states[False][1] < WIDTH * states[True][0]
+
+
+def test_a_head_is_kept_where_it_makes_the_state_smaller() -> None:
+    """Taps without any rule, then a decay: a pole behind them is enough, and no few poles are without them."""
+    free = 8
+    model = Model().eval()
+    with torch.no_grad():
+        model.taps[:] = 0.2 * 0.9 ** torch.arange(CONTEXT)
+        model.taps[:, :free] = torch.randn(WIDTH, free, generator=torch.Generator().manual_seed(0))
+    source = recognize(capture(LoadedModel(model, "module", CONTEXT, 0, "")))
+    tokens, states = random_tokens(4), {}
+    allowed = 1e-6 * float(losses(source, tokens).mean())
+    for head in (1, free):
+        distilled = distill(source, DistillConfig(budget=1e-6, head=head), tokens, sampled=True)
+        streamed = streamify(distilled.program)
+        states[head] = sum(math.prod(state.shape) for state in streamed.states)
+        assert float(divergences(source, streamed, tokens).mean()) < 1.2 * allowed  # as built, in float32
+        whole = streamed(tokens)
+        halves = [torch.zeros(8, *state.shape) for state in streamed.states]
+        first, *halves = streamed.graph(tokens[:, :20], *halves)
+        second = streamed.graph(tokens[:, 20:], *halves)[0]
+        torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-3, atol=1e-3)
+    layer = distilled.layers[0]
+    assert layer.head is not None
+    assert layer.head.shape[1] == free - 1
+    assert states[free] == (free - 1 + 1) * WIDTH < states[1]
+    assert layer.error is not None
+    assert float(layer.error.max()) < 1e-5
 
 
 def test_errors_of_a_layer_are_those_of_its_taps(program: Program) -> None:
