@@ -147,6 +147,15 @@ class DistilledLayer:
     heard_error: Tensor | None = None
     hankel_singular_values: Tensor | None = None
 
+    def fitted(self) -> Tensor:
+        """The taps of what stands for the filters, like `taps`; those themselves where they are kept."""
+        if self.system is None:
+            return self.taps
+        taps = self.system.taps(self.taps.shape[1])
+        if self.head is not None:
+            taps[:, 1 : 1 + self.head.shape[1]] += self.head
+        return taps
+
 
 @dataclass(frozen=True)
 class Trial:

@@ -41,7 +41,7 @@ def manifest_of(
 
     tokenizer: name of the tokenizer file in the directory, None for a byte model or one that takes ids.
     """
-    modal = [layer for layer in layers or [] if layer.order_max > 0]
+    modal = [layer for layer in layers or [] if not layer.kept]
     return Manifest(
         lhcompile_version=version("lhcompile"),
         target=lowered.target,  # type: ignore[arg-type]

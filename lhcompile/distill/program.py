@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -139,8 +140,8 @@ def _replaced(
     copies = [node for node in module.graph.nodes if node.target == lhc.long_conv.default]
     filters = torch.arange(sum(convolutions.counts)).split(convolutions.counts)
     for index, (node, rows) in enumerate(zip(copies, filters, strict=True)):
-        part = reduction[rows]
-        real = _trimmed(part.system).real()
+        part = _trimmed(reduction[rows])
+        real = part.system.real()
         kept = real.kept
         tables = {name: getattr(real, name).float() for name in ("own", "other", "readout", "direct")}
         if not uniform and len(kept) <= _PACKED * real.own.numel():
@@ -154,7 +155,7 @@ def _replaced(
         layers.append(_layer(program.graph, convolutions.nodes[index], part))
         node.target = lhc.modal_ssm.default
         node.args = (node.args[0], *weights, None, node.args[3])
-        if part.head.shape[1] and bool(part.head.any()):
+        if part.head.shape[1]:
             _headed(module, node, part.head, index)
     module.graph.eliminate_dead_code()
     for name in {str(node.args[1].target) for node in convolutions.nodes}:  # type: ignore[union-attr]
@@ -166,7 +167,6 @@ def _replaced(
 def _headed(module: GraphModule, node: Node, head: Tensor, index: int) -> None:
     """Adds to the output of a modal system a short convolution with taps 1 … k − 1, head [filters, k − 1]."""
     u, inner = node.args[0], cast(int, node.args[-1])
-    head = head[:, : int(head.any(0).nonzero().max()) + 1]
     taps = torch.nn.functional.pad(head, (1, 0)).flip(-1).float()
     weight = per_channel(taps.T, _channels(node), inner).T.unsqueeze(1).contiguous()
     module.register_buffer(f"head_{index}", weight)
@@ -183,11 +183,17 @@ def _headed(module: GraphModule, node: Node, head: Tensor, index: int) -> None:
     output.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
 
-def _trimmed(system: ModalSSM) -> ModalSSM:
-    """The system without the slots behind the last that any of its filters uses; one slot stays."""
-    used = (system.residues != 0).any(0).unflatten(0, (-1, 2)).any(1).nonzero()
-    width = 2 * (int(used.max()) + 1 if len(used) else 1)
-    return ModalSSM(system.poles[:, :width], system.residues[:, :width], system.direct)
+def _trimmed(part: Reduction) -> Reduction:
+    """A reduction without the slots and head taps behind the last that any of its filters uses; one slot stays."""
+    system, head = part.system, part.head
+    width = max(2, 2 * _used((system.residues != 0).any(0).unflatten(0, (-1, 2)).any(1)))
+    system = ModalSSM(system.poles[:, :width], system.residues[:, :width], system.direct)
+    return replace(part, system=system, head=head[:, : _used((head != 0).any(0))])
+
+
+def _used(columns: Tensor) -> int:
+    """The number of columns up to the last that is true."""
+    return int(columns.nonzero().max()) + 1 if bool(columns.any()) else 0
 
 
 def _layer(module: GraphModule, node: Node, part: Reduction) -> DistilledLayer:

@@ -56,7 +56,7 @@ class StageFidelity(_Part):
 class LayerReport(_Part):
     """What one module's long convolution became.
 
-    order_max, order_mean: 0 where taps are kept as they are
+    order_max, order_mean: 0 where taps are kept as they are, or where a direct term is enough
     tap_error: relative l2 distance of the taps, worst filter; None where taps are kept as they are
     hankel_bound: what no system of this order can go below for that filter, in the same unit
     heard_error: the distance weighted by what the filters hear, worst filter
@@ -73,6 +73,11 @@ class LayerReport(_Part):
     hankel_bound: float | None = None
     heard_error: float | None = None
     state_bytes: int
+
+    @property
+    def kept(self) -> bool:
+        """Whether the taps are kept as they are."""
+        return self.tap_error is None
 
 
 class FilterSample(_Part):
@@ -202,6 +207,6 @@ class Report(_Part):
     @property
     def order_mean(self) -> float | None:
         """Mean order over the filters that were made modal; None if there are none."""
-        modal = [layer for layer in self.layers if layer.order_max > 0]
+        modal = [layer for layer in self.layers if not layer.kept]
         filters = sum(layer.filters for layer in modal)
         return sum(layer.order_mean * layer.filters for layer in modal) / filters if filters else None

@@ -97,7 +97,7 @@ def _verdict(report: Report) -> str:
 
 
 def _what_became_of_the_filters(report: Report) -> str:
-    kept = sum(layer.order_max == 0 for layer in report.layers)
+    kept = sum(layer.kept for layer in report.layers)
     if report.order_mean is None:
         return "Every long convolution keeps its own taps, so no filter was approximated."
     exceptions = f", except in {kept} of {len(report.layers)} layers, which keep their taps" if kept else ""
@@ -109,7 +109,7 @@ def _tiles(report: Report) -> list[_Tile]:
     """The figures people judge a build by; those that do not apply are left out."""
     last = report.stages[-1]
     output = "logit" if last.kl_mean is not None else "output"
-    modal = [layer for layer in report.layers if layer.order_max > 0]
+    modal = [layer for layer in report.layers if not layer.kept]
     tiles = [
         _Tile("Loss rise", text.signed_percent(report.loss_rise), _budget_note(report)),
         _Tile("KL divergence", text.number(last.kl_mean), "nats per token, mean"),

@@ -28,10 +28,11 @@ def layers_of(distilled: Distilled, states: tuple[State, ...]) -> list[LayerRepo
 
 def _layer(layer: DistilledLayer, state: State) -> LayerReport:
     orders = layer.orders.double() if layer.orders is not None else torch.zeros(1)
+    head = 0 if layer.head is None else layer.head.shape[1]
     worst = None if layer.error is None else int(layer.error.argmax())
     return LayerReport(
         module=layer.module,
-        method=layer.method,
+        method=layer.method if head == 0 else f"{layer.method}, first {head + 1} taps exact",
         filters=layer.taps.shape[0],
         channels=layer.channels,
         order_max=int(orders.max()),
@@ -39,7 +40,7 @@ def _layer(layer: DistilledLayer, state: State) -> LayerReport:
         tap_error=None if worst is None else float(layer.error[worst]),  # type: ignore[index]
         hankel_bound=None if worst is None or layer.bound is None else float(layer.bound[worst]),
         heard_error=None if layer.heard_error is None else float(layer.heard_error.max()),
-        state_bytes=state_bytes((state,)),
+        state_bytes=state_bytes((state,)) + 4 * head * layer.channels,
     )
 
 
@@ -51,7 +52,7 @@ def samples_of(distilled: Distilled) -> list[FilterSample]:
             continue
         ranked = layer.error.argsort()
         stride = math.ceil(layer.taps.shape[1] / SAMPLE_POINTS)
-        fit = layer.system.taps(layer.taps.shape[1])
+        fit = layer.fitted()
         for index in dict.fromkeys(int(ranked[i]) for i in (0, len(ranked) // 2, -1)):
             samples.append(
                 FilterSample(
