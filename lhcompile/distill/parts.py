@@ -12,14 +12,14 @@ from lhcompile.parallel import side_by_side
 
 __all__ = ["in_parts"]
 
-_BYTES, _ACCELERATOR_BYTES = 1 << 26, 1 << 30
+_BYTES, _ACCELERATOR_BYTES = 1 << 26, 6 << 30
 Result = TypeVar("Result")
 
 
 def in_parts(work: Callable[[slice], Result], taps: Tensor, bytes_each: int) -> list[Result]:
     """Results of `work` for consecutive slices of the filters of taps [filters, length], in order.
 
-    A part needs about 64 MiB (an accelerator: 1 GiB), `bytes_each` per filter. On a CPU the parts run side by side,
+    A part needs about 64 MiB (an accelerator: 6 GiB, which keeps its small kernels busy), `bytes_each` per filter. On a CPU the parts run side by side,
     one thread each: the operations are many and small, and threads that share one of them mostly wait for each other.
     """
     on_cpu, filters = taps.device.type == "cpu", taps.shape[0]
