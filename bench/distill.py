@@ -1,87 +1,212 @@
-"""Distillation methods side by side: error and time by order.
+"""Distillation methods side by side: error against order against time, and what the example model makes of it.
 
-    python -m bench.distill --taps FILE.npy [--weights FILE.npy] [--orders 2 4 8] [--methods hankel varpro]
-    python -m bench.distill --planted [--noise 1e-3]
+    python -m bench.distill --out docs/bench      writes distill.json, and distill.md and distill.svg made from it
+    python -m bench.distill --parts planted       prints a part only: filters, planted, cost, model
+    python -m bench.distill --quick               everything, so small that it only shows that it works
 
-FILE.npy holds taps [filters, length] (weights: power spectra [filters, bins]). Prints a table and, with --json,
-writes every figure with hardware, versions and commit.
+filters: every method on a sample of the example's trained filters, in the plain norm and weighted by what they hear
+planted: random systems of order 8, well separated or clustered, moduli up to 0.9995, without and with noise
+cost:    seconds against length and against number of filters; a curve ends where the next point could take LIMIT
+model:   held-out loss of the example with the same order everywhere, and with the orders its budget allows
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from bench.distill_report import picture, tables
 from bench.machine import describe
-from lhcompile.distill import METHODS, factorize
+from lhcompile.artifacts import LoadedModel, Program, Tokens
+from lhcompile.calibrate import calibrate
+from lhcompile.capture import capture
+from lhcompile.config import CalibrationConfig, DistillConfig
+from lhcompile.distill import METHODS, Reduction, distill, reduce
+from lhcompile.distill.convolutions import Convolutions
+from lhcompile.distill.norm import tap_norm
+from lhcompile.distill.spectrum import fit_residues
+from lhcompile.load import load
+from lhcompile.measure import loss
+from lhcompile.recognize import recognize
 from lhcompile.ssm import ModalSSM
 
+EXAMPLE = Path(__file__).parents[1] / "examples/pysource"
+SLOW = ("gradient", "gradient-h2")
+"""Methods that are run at fewer orders, and not in the weighted norm."""
+SAMPLE, PLANTED = 64, 16
+"""Filters of the example, spread evenly over its layers, and planted systems of each kind."""
+LIMIT = 30.0
+"""Seconds that no point of a cost curve may take, judged by the point before it."""
+Row = dict[str, Any]
 
-def planted(filters: int, length: int, order: int, noise: float) -> Tensor:
-    """Unit taps of random systems, radius up to 0.9995, and white noise of the given norm."""
+
+# ---- what is reduced -----------------------------------------------------------------------------------------------
+
+
+@cache
+def example() -> tuple[LoadedModel, Program, Tokens]:
+    """The example model, recognized, and its tokens, as a build has them."""
+    loaded = load(str(EXAMPLE / "model.pt"), config=EXAMPLE / "config.yaml")
+    program = recognize(capture(loaded))
+    config = CalibrationConfig(calibration=EXAMPLE / "heldout.txt")
+    return loaded, program, calibrate(config, program, loaded.parameters, lambda: program)
+
+
+@cache
+def trained() -> tuple[Convolutions, Tensor]:
+    """The example's filters and the power spectra they hear on the calibration tokens."""
+    _, program, tokens = example()
+    convolutions = Convolutions(program)
+    return convolutions, convolutions.heard(tokens.calibration)
+
+
+def planted(filters: int, length: int, order: int, noise: float, spread: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Unit taps of random systems, and the same with white noise of the given norm, [filters, length] each.
+
+    Moduli are 1 − 0.0005·100^u, u uniform in 0 … 1; angles lie within π·spread, beginning at 0.3 if that is less
+    """
     generator = torch.Generator().manual_seed(0)
     pairs = order // 2
 
     def uniform() -> Tensor:
         return torch.rand(filters, pairs, generator=generator, dtype=torch.float64)
 
-    first = torch.polar(1 - 5e-4 * 100 ** uniform(), torch.pi * uniform())
+    moduli, angles = 1 - 5e-4 * 100 ** uniform(), (0.3 if spread < 1 else 0.0) + torch.pi * spread * uniform()
     residue = torch.randn(filters, pairs, generator=generator, dtype=torch.complex128)
+    first = torch.polar(moduli, angles)
     poles, residues = (torch.stack([x, x.conj()], -1).flatten(1) for x in (first, residue))
     taps = ModalSSM(poles, residues, torch.zeros(filters, dtype=torch.float64)).taps(length)
+    taps = taps / taps.norm(dim=-1, keepdim=True)
     rough = torch.randn(taps.shape, generator=generator, dtype=torch.float64)
-    return taps / taps.norm(dim=-1, keepdim=True) + noise * rough / rough.norm(dim=-1, keepdim=True)
+    return taps, taps + noise * rough / rough.norm(dim=-1, keepdim=True)
 
 
-def measure(taps: Tensor, weights: Tensor | None, orders: list[int], methods: list[str]) -> list[dict]:
-    """One row per order and method; the time includes the factorization, made anew for each."""
+# ---- the parts -----------------------------------------------------------------------------------------------------
+
+
+def filters(quick: bool) -> list[Row]:
+    """Errors on the example's filters; see the module's text."""
+    convolutions, heard = trained()
+    sample = torch.linspace(0, len(convolutions.taps) - 1, 4 if quick else SAMPLE).round().long()
     rows = []
-    for order in orders:
-        for method in methods:
-            reducer = factorize(taps, order, weights)
-            result = reducer.reduce(order, method)
-            row = {
-                "method": method,
-                "order": order,
-                "error_mean": float(result.error.mean()),
-                "error_max": float(result.error.max()),
-                "bound_mean": float(result.bound.mean()),
-                "seconds": result.seconds,
-            }
-            figures = " ".join(f"{row[name]:11.4e}" for name in ("error_mean", "error_max", "bound_mean"))
-            print(f"{method:>9} {order:5d} {figures} {result.seconds:9.2f}", flush=True)
-            rows.append(row)
+    for norm, weights in (("l2", None), ("heard", heard[sample])):
+        for method in METHODS:
+            for order in _orders(method, norm, quick):
+                result = reduce(convolutions.taps[sample], order, weights=weights, method=method)
+                row = {"norm": norm, "method": method, "order": order, "filters": len(sample), **_figures(result)}
+                rows.append(_said(row | {"milliseconds": 1e3 * result.seconds / len(sample)}))
     return rows
+
+
+def _orders(method: str, norm: str, quick: bool) -> tuple[int, ...]:
+    if quick:
+        return (2,) if norm == "l2" or method not in SLOW else ()
+    if method in SLOW:
+        return (2, 4, 8, 16) if norm == "l2" else ()
+    return (1, 2, 3, 4, 6, 8, 16, 32) if norm == "l2" else (2, 4, 8, 16)
+
+
+def recovery(quick: bool) -> list[Row]:
+    """Errors on planted systems, of the taps given and of the noiseless ones; see the module's text."""
+    rows = []
+    for kind, spread in (("separated", 1.0), ("clustered", 0.03)):
+        for noise in (0.0, 1e-3):
+            clean, taps = planted(2 if quick else PLANTED, 256 if quick else 1024, 8, noise, spread)
+            for method in METHODS if not quick else [m for m in METHODS if m not in SLOW]:
+                result = reduce(taps, 8, method=method)
+                missed = (result.taps(clean.shape[1]) - clean).norm(dim=-1)
+                row = {"kind": kind, "noise": noise, "method": method, **_figures(result)}
+                row |= {"missed_mean": float(missed.mean()), "milliseconds": 1e3 * result.seconds / len(taps)}
+                rows.append(_said(row))
+    return rows
+
+
+def cost(quick: bool) -> list[Row]:
+    """Seconds of a reduction to order 4 by length (one filter) and by number of filters (1024 taps)."""
+    lengths = [1 << k for k in range(8, 11 if quick else 21, 2)]
+    counts = [1 << k for k in range(0, 4 if quick else 13, 2)]
+    rows: list[Row] = []
+    for method in (m for m in METHODS if m != "gradient-h2"):  # costs what the other does
+        for what, sizes in (("length", lengths), ("filters", counts)):
+            seconds = 0.0
+            for size, before in zip(sizes, [1, *sizes], strict=False):
+                if seconds * size / before > LIMIT or (quick and method in SLOW):
+                    break
+                _, taps = planted(*((1, size) if what == "length" else (size, 1024)), 8, 1e-3)
+                seconds = reduce(taps, 4, method=method).seconds
+                rows.append(_said({"what": what, "size": size, "method": method, "seconds": seconds}))
+    return rows
+
+
+def model(quick: bool) -> list[Row]:
+    """Held-out losses of the example; see the module's text."""
+    _, program, tokens = example()
+    convolutions, heard = trained()
+    heldout = tokens.heldout[:2] if quick else tokens.heldout
+    reference = loss(program, heldout)
+    rows = []
+
+    def row(name: str, order: float, state: float, variant: Program) -> None:
+        value = loss(variant, heldout)
+        rise = value / reference - 1
+        figures = {"fit": name, "order": order, "loss": value, "rise": rise, "mean_order": state}
+        rows.append(_said(figures))
+
+    for order in (2,) if quick else (2, 4, 8, 16, 32):
+        for name, system in _variants(convolutions.taps, heard, order):
+            row(name, order, order, convolutions.with_taps(system.taps(convolutions.taps.shape[1])))
+        full = distill(program, DistillConfig(order=order), tokens.calibration)
+        row("default", order, order, full.program)
+    if not quick:
+        full = distill(program, DistillConfig(), tokens.calibration)
+        orders = torch.cat([layer.orders for layer in full.layers if layer.orders is not None]).double()
+        row("default, budget 0.1 %", 0, float(orders.mean()), full.program)
+    return [{"fit": "undistilled", "order": None, "loss": reference, "rise": 0.0, "mean_order": None}, *rows]
+
+
+def _variants(taps: Tensor, heard: Tensor, order: int) -> Iterator[tuple[str, ModalSSM]]:
+    """Poles of the plain Hankel reduction, with residues fitted to the taps and to what is heard of them."""
+    plain = reduce(taps, order, method="hankel").system
+    yield "plain poles, plain residues", plain
+    yield "plain poles, heard residues", fit_residues(plain.poles, tap_norm(taps, heard))[0]
+
+
+def _figures(result: Reduction) -> Row:
+    error, bound = result.error, result.bound
+    return {"error_mean": float(error.mean()), "error_worst": float(error.max()), "bound_mean": float(bound.mean())}
+
+
+def _said(row: Row) -> Row:
+    print(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()), flush=True)
+    return row
+
+
+PARTS = {"filters": filters, "planted": recovery, "cost": cost, "model": model}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--taps", type=Path)
-    source.add_argument("--planted", action="store_true", help="random systems of order 8")
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--noise", type=float, default=1e-3)
-    parser.add_argument("--filters", type=int, default=64, help="of --planted, or the first of --taps")
-    parser.add_argument("--orders", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 16])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="small samples, to see that it works")
+    parser.add_argument("--out", type=Path, help="folder for distill.json, distill.md and distill.svg")
     options = parser.parse_args()
-    if options.planted:
-        taps = planted(options.filters, 1024, 8, options.noise)
-    else:
-        taps = torch.from_numpy(np.load(options.taps)).double()[: options.filters]
-    weights = None if options.weights is None else torch.from_numpy(np.load(options.weights))[: options.filters]
-    print(f"{taps.shape[0]} filters of length {taps.shape[1]}, {'plain' if weights is None else 'input-weighted'} norm")
-    print(f"{'method':>9} {'order':>5} {'mean error':>11} {'max error':>11} {'mean bound':>11} {'seconds':>9}")
-    rows = measure(taps, weights, options.orders, options.methods)
-    if options.json is not None:
-        record = {"filters": taps.shape[0], "length": taps.shape[1], "rows": rows, **describe()}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    reduce(planted(4, 256, 4, 1e-3)[1], 4)  # what only the first call pays is not measured
+    result: dict[str, Any] = {"command": "python -m bench.distill --out docs/bench", "machine": describe()}
+    result |= {part: PARTS[part](options.quick) for part in options.parts}
+    text = tables(result)
+    print(text)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "distill.json").write_text(json.dumps(result, indent=1) + "\n")
+        (options.out / "distill.md").write_text(text + "\n")
+        (options.out / "distill.svg").write_text(picture(result))
 
 
 if __name__ == "__main__":

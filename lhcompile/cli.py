@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lhcompile.errors import LhcompileError
+from lhcompile.errors import ConfigError, LhcompileError
 
 __all__ = ["app", "main"]
 
@@ -28,6 +28,8 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 UsageError: Any = typer.BadParameter.__base__  # click's own, or that of the copy of click inside typer
 INTERRUPTED = 130
+FEW = 16
+"""Filters that `distill` prints one by one."""
 
 Model = Annotated[
     str,
@@ -55,7 +57,8 @@ def main() -> None:
     except KeyboardInterrupt:
         code = INTERRUPTED
     if code == INTERRUPTED:
-        _fail("interrupted" + ("; nothing was written" if sys.argv[1:2] == ["build"] else ""), INTERRUPTED)
+        writes = sys.argv[1:2] in (["build"], ["distill"])
+        _fail("interrupted" + ("; nothing was written" if writes else ""), INTERRUPTED)
 
 
 def _usage(error: Any) -> str:
@@ -207,6 +210,51 @@ def verify(
 
 
 @app.command()
+def distill(
+    taps: Annotated[
+        Path, typer.Argument(metavar="TAPS.npy", help="Taps, filters × length, h_0 first; one axis is one filter.")
+    ],
+    order: Annotated[int | None, typer.Option(help="The same order for every filter.")] = None,
+    tol: Annotated[float | None, typer.Option(help="Error each filter may have; each gets the order it needs.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Power spectra of what filters hear, .npy, filters × bins, frequency 0 to π.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="varpro, hankel, balanced, modal, aaa, gradient or gradient-h2.")
+    ] = "varpro",
+    head: Annotated[int, typer.Option(help="So many first taps are kept exactly, beside the system.")] = 1,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write the systems to, .npz.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file of systems.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Reduce filters on their own, the rows of TAPS.npy, to poles and residues. Give --order or --tol."""
+    from dataclasses import asdict
+
+    if order is not None and tol is not None:
+        raise ConfigError("--order and --tol exclude each other")
+    if order is None and tol is None:
+        raise ConfigError("give --order N for every filter, or --tol X, the error each may have")
+    with err.status("reading"):
+        from lhcompile.distill import files, filters
+        from lhcompile.distill.summary import summarize
+
+        if output is not None:
+            files.check_writable(output, force)
+        array, spectra = files.read_array(taps), None if weights is None else files.read_array(weights)
+        bank = filters.as_bank(array, "taps")
+    with err.status(f"distilling {bank.shape[0]} filters"):
+        reduction = filters.distill_filters(bank, order, tol, spectra, method, head)
+        if output is not None:
+            files.write_systems(output, reduction, force=force)
+    found = summarize(reduction, bank.shape[1], weights is not None)
+    if json:
+        out.print_json(data=asdict(found))
+        return
+    note = [("note", f"shape {list(array.shape)} is taken as {found.filters} filters")] if array.ndim > 2 else []
+    _print_distilled(found, *note, *([] if output is None else [("written to", str(output))]))
+
+
+@app.command()
 def generate(
     directory: Directory,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "import ",
@@ -308,6 +356,15 @@ def _print_inspection(found: Any) -> None:
         numbers = [str(n) for n in (x.filters, x.channels, x.taps)]
         table.add_row(x.module, x.kind.removesuffix(" convolution"), *numbers, _bytes(x.exact_bytes))
     out.print(table)
+
+
+def _print_distilled(found: Any, *remarks: tuple[str, str]) -> None:
+    _print_rows([*found.rows, *remarks])
+    if found.filters <= FEW:
+        table = _table("filter", "order", "error", "bound", "error / bound", "radius")
+        for index, x in enumerate(found.each):
+            table.add_row(str(index), *x.cells)
+        out.print(table)
 
 
 def _print_manifest(found: Any) -> None:

@@ -19,8 +19,9 @@ Result = TypeVar("Result")
 def in_parts(work: Callable[[slice], Result], taps: Tensor, bytes_each: int) -> list[Result]:
     """Results of `work` for consecutive slices of the filters of taps [filters, length], in order.
 
-    A part needs about 64 MiB (an accelerator: 6 GiB, which keeps its small kernels busy), `bytes_each` per filter. On a CPU the parts run side by side,
-    one thread each: the operations are many and small, and threads that share one of them mostly wait for each other.
+    A part needs about 64 MiB, `bytes_each` per filter; on an accelerator 6 GiB, so that its many small kernels have
+    work. On a CPU the parts run side by side, one thread each: operations are many and small, and threads that share
+    one of them mostly wait for each other.
     """
     on_cpu, filters = taps.device.type == "cpu", taps.shape[0]
     size, threads = (_BYTES, torch.get_num_threads()) if on_cpu else (_ACCELERATOR_BYTES, 1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lhcompile.distill.aaa import interpolate
 from lhcompile.distill.balanced import EXTENDED
 from lhcompile.distill.chain import Chain, chain
 from lhcompile.distill.gradient import descend
@@ -184,12 +185,23 @@ def _modal(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
     return fit_residues(dominant(system, order), reducer.norm)
 
 
+def _aaa(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
+    """Poles of the rational interpolant of the frequency response, residues and direct term refitted."""
+    return fit_residues(interpolate(reducer.norm, order), reducer.norm)
+
+
 def _gradient(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
-    """Everything by gradient descent, as the paper does."""
+    """Everything by gradient descent on the l2 error, as the paper does."""
     return descend(reducer.norm, order)
 
 
-METHODS.update(hankel=_hankel, varpro=_varpro, balanced=_balanced, modal=_modal, gradient=_gradient)
+def _gradient_h2(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
+    """Everything by gradient descent on the H2 error, as the paper does."""
+    return descend(reducer.norm, order, tail=True)
+
+
+METHODS.update(hankel=_hankel, varpro=_varpro, balanced=_balanced, modal=_modal, aaa=_aaa)
+METHODS.update({"gradient": _gradient, "gradient-h2": _gradient_h2})
 
 
 def factorize(taps: Tensor, rank: int, weights: Tensor | None = None, head: int = 1) -> Reducer:

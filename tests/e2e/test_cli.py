@@ -328,4 +328,4 @@ def test_the_console_script(order_4: Path, tmp_path: Path) -> None:
 def test_help() -> None:
     for arguments in ([], ["--help"]):
         shown = done(*arguments).out
-        assert all(verb in shown for verb in ("build", "inspect", "verify", "generate", "bench"))
+        assert all(verb in shown for verb in ("build", "inspect", "verify", "distill", "generate", "bench"))

@@ -90,10 +90,23 @@ def _run(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
+def _readme() -> list[str]:
+    """The Python of the README, block by block."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+
+
 def test_the_loop_in_the_readme_runs(built: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 1
-    assert _run("-c", blocks[0], cwd=built.parent).startswith("import ")
+    assert len(_readme()) == 2
+    assert _run("-c", _readme()[0], cwd=built.parent).startswith("import ")
+
+
+def test_filters_are_distilled_as_in_the_readme(tmp_path: Path) -> None:
+    time = np.arange(64)
+    np.save(tmp_path / "taps.npy", [0.9**time, 0.8**time * np.cos(time) + 0.5 ** (time + 1)])
+    shown = _run("-c", _readme()[1], cwd=tmp_path)
+    error, bound, difference = re.fullmatch(r"error (\S+), bound (\S+)\nlargest difference (\S+)\n", shown).groups()  # type: ignore[union-attr]
+    assert 0 <= float(bound) <= float(error) < 1e-6
+    assert float(difference) < 1e-6
 
 
 def test_the_example_generates_the_same_text_for_the_same_seed(built: Path) -> None:
