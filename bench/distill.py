@@ -6,7 +6,7 @@
 
 filters: every method on a sample of the example's trained filters, in the plain norm and weighted by what they hear
 planted: random systems of order 8, well separated or clustered, moduli up to 0.9995, without and with noise
-cost:    seconds against length and against number of filters; a curve ends where the next point could take LIMIT
+cost:    seconds against length and against number of filters; a curve ends where the next point would take long
 model:   held-out loss of the example with the same order everywhere, and with the orders its budget allows
 """
 
@@ -29,6 +29,7 @@ from lhcompile.calibrate import calibrate
 from lhcompile.capture import capture
 from lhcompile.config import CalibrationConfig, DistillConfig
 from lhcompile.distill import METHODS, Reduction, distill, reduce
+from lhcompile.distill.bank import Bank
 from lhcompile.distill.convolutions import Convolutions
 from lhcompile.distill.norm import tap_norm
 from lhcompile.distill.spectrum import fit_residues
@@ -42,8 +43,8 @@ SLOW = ("gradient", "gradient-h2")
 """Methods that are run at fewer orders, and not in the weighted norm."""
 SAMPLE, PLANTED = 64, 16
 """Filters of the example, spread evenly over its layers, and planted systems of each kind."""
-LIMIT = 30.0
-"""Seconds that no point of a cost curve may take, judged by the point before it."""
+LIMIT = 10.0
+"""Seconds that the next point of a cost curve may take, judged by how the last two grew."""
 Row = dict[str, Any]
 
 
@@ -135,12 +136,12 @@ def cost(quick: bool) -> list[Row]:
     rows: list[Row] = []
     for method in (m for m in METHODS if m != "gradient-h2"):  # costs what the other does
         for what, sizes in (("length", lengths), ("filters", counts)):
-            seconds = 0.0
-            for size, before in zip(sizes, [1, *sizes], strict=False):
-                if seconds * size / before > LIMIT or (quick and method in SLOW):
+            before = seconds = 0.0
+            for size in sizes if not (quick and method in SLOW) else []:
+                if before and seconds * min(max(seconds / before, 1), 4) > LIMIT:
                     break
                 _, taps = planted(*((1, size) if what == "length" else (size, 1024)), 8, 1e-3)
-                seconds = reduce(taps, 4, method=method).seconds
+                before, seconds = seconds, reduce(taps, 4, method=method).seconds
                 rows.append(_said({"what": what, "size": size, "method": method, "seconds": seconds}))
     return rows
 
@@ -151,31 +152,29 @@ def model(quick: bool) -> list[Row]:
     convolutions, heard = trained()
     heldout = tokens.heldout[:2] if quick else tokens.heldout
     reference = loss(program, heldout)
-    rows = []
+    rows = [{"fit": "undistilled", "mean_order": None, "loss": reference, "rise": 0.0}]
 
-    def row(name: str, order: float, state: float, variant: Program) -> None:
+    def row(fit: str, order: float, variant: Program) -> None:
         value = loss(variant, heldout)
-        rise = value / reference - 1
-        figures = {"fit": name, "order": order, "loss": value, "rise": rise, "mean_order": state}
-        rows.append(_said(figures))
+        rows.append(_said({"fit": fit, "mean_order": order, "loss": value, "rise": value / reference - 1}))
 
+    bank = Bank(convolutions.taps, heard, DistillConfig().method, lambda _: None)
     for order in (2,) if quick else (2, 4, 8, 16, 32):
-        for name, system in _variants(convolutions.taps, heard, order):
-            row(name, order, order, convolutions.with_taps(system.taps(convolutions.taps.shape[1])))
-        full = distill(program, DistillConfig(order=order), tokens.calibration)
-        row("default", order, order, full.program)
+        for name, taps in _variants(convolutions.taps, heard, bank, order):
+            row(name, order, convolutions.with_taps(taps))
     if not quick:
         full = distill(program, DistillConfig(), tokens.calibration)
         orders = torch.cat([layer.orders for layer in full.layers if layer.orders is not None]).double()
-        row("default, budget 0.1 %", 0, float(orders.mean()), full.program)
-    return [{"fit": "undistilled", "order": None, "loss": reference, "rise": 0.0, "mean_order": None}, *rows]
+        row("default, budget 0.1 %", float(orders.mean()), full.program)
+    return rows
 
 
-def _variants(taps: Tensor, heard: Tensor, order: int) -> Iterator[tuple[str, ModalSSM]]:
-    """Poles of the plain Hankel reduction, with residues fitted to the taps and to what is heard of them."""
+def _variants(taps: Tensor, heard: Tensor, bank: Bank, order: int) -> Iterator[tuple[str, Tensor]]:
+    """Taps of Hankel reductions in the l2 norm, their residues refitted to what is heard, and a build's of one order."""
     plain = reduce(taps, order, method="hankel").system
-    yield "plain poles, plain residues", plain
-    yield "plain poles, heard residues", fit_residues(plain.poles, tap_norm(taps, heard))[0]
+    yield "plain poles, plain residues", plain.taps(taps.shape[1])
+    yield "plain poles, heard residues", fit_residues(plain.poles, tap_norm(taps, heard))[0].taps(taps.shape[1])
+    yield "default", bank.reduce(order).single().taps(taps.shape[1])
 
 
 def _figures(result: Reduction) -> Row:

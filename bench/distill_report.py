@@ -114,7 +114,8 @@ def _model(rows: list[Row]) -> str:
     ]
     text = (
         "The example on its held-out tokens. Plain poles are those of a Hankel reduction; heard residues are fitted in "
-        "the norm of what the filter hears; default is what a build does. The last row's orders are each filter's own."
+        "the norm of what the filter hears; default is what a build does with one order, or, in the last row, with its "
+        "budget, where every filter has an order of its own."
     )
     heads = ["fit", "mean order", "loss, nats a byte", "rise"]
     return f"## The model\n\n{text}\n\n{_table(heads, body)}"

@@ -10,6 +10,7 @@ with M', Δ' the same of e' = ∂e/∂λ.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -121,7 +122,8 @@ def project(form: Closed, of: Modes, order: int) -> Projection:
     c = scale * cholesky_solve(lower, (scale * moment).unsqueeze(-1)).squeeze(-1)
     missed = of.moment - (c.unsqueeze(1) @ of.gram[:, :order]).squeeze(1)
     cost = form.energy - (c * (moment + missed[:, :order])).sum(-1)
-    return Projection(c, missed, torch.where(cost < 0, 1e-16 * form.energy, cost), lower, scale)
+    cost = torch.where(cost < 0, 1e-16 * form.energy, cost).nan_to_num(math.inf, math.inf)
+    return Projection(c, missed, cost, lower, scale)
 
 
 def cholesky_solve(lower: Tensor, right: Tensor) -> Tensor:

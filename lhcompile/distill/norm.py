@@ -80,7 +80,7 @@ class Norm:
         rows = torch.cat([spectra.real, spectra.imag], dim=-1)
         head, whiten = self.head_rows()
         head = whiten @ head
-        return rows - (rows @ head.mT) @ head
+        return rows.baddbmm_(rows @ head.mT, head, alpha=-1)
 
     def free(self, error: Tensor) -> Tensor:
         """The best head for an error of the taps [filters, length] → [filters, head]."""

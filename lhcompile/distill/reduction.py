@@ -23,6 +23,7 @@ from lhcompile.distill.norm import Norm, tap_norm
 from lhcompile.distill.parts import in_parts
 from lhcompile.distill.result import Reduction, select, spread
 from lhcompile.distill.spectrum import fit_residues
+from lhcompile.distill.varpro import beyond
 from lhcompile.errors import DistillError
 from lhcompile.ssm import ModalSSM
 
@@ -132,22 +133,23 @@ def _hankel(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
 def _varpro(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
     """The refined system, never worse than Kung's realization nor than the refined system one order below.
 
-    Where the closed form of `distill.chain` cannot tell (errors near rounding, nothing gained by the last order,
-    residues of a size that the fit avoids) those are fitted too, and the smallest error of the taps decides.
+    Where the closed form of `distill.chain` leaves a doubt, those two are fitted too and the smallest error of the taps
+    decides: where Kung's poles are no start for it, errors come near its rounding, the last order gained nothing, or
+    the fit avoids residues of the size it takes.
     """
     norm = reducer.norm
     if order == 0 or norm.length - norm.head < 2:
         return _hankel(reducer, order)
     poles, cost = reducer.chain().poles(order, lambda d: [reducer.factors(w, d).poles(d) for w in (EVEN, LEVEL)])
     best = fit_residues(poles, norm)
+    _, below = reducer.chain().found[order - 1]
     whole = norm.size(norm.taps).square()
     reached = best[1].square() * whole
-    _, below = reducer.chain().found[order - 1]
-    unsure = (reached > 0.999 * below) | (cost < 1e-7 * whole)
-    for method, where in ((_varpro, order - 1), (_hankel, order)):
-        if bool(unsure.any()):
-            system, error = method(reducer[unsure], where)
-            best = _better(best, _laid_out(system, error, unsure, poles.shape[1]))
+    hidden = beyond(reducer.factors(EVEN, order).poles(order), norm.length - norm.head)
+    unsure = hidden | (reached > 0.999 * below) | (reached > 1.01 * cost) | (cost < 1e-7 * whole)
+    if bool(unsure.any()):
+        for method, other in ((_hankel, order), (_varpro, order - 1)):
+            best = _better(best, _laid_out(*method(reducer[unsure], other), unsure, poles.shape[1]))
     return best
 
 

@@ -18,6 +18,7 @@ O(order³) for the small matrices; filters that have converged drop out.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +27,9 @@ from torch import Tensor
 from lhcompile.distill.closed import Closed
 from lhcompile.distill.modes import Modes, cholesky_solve, modes, project
 
-__all__ = ["Point", "modes_of", "point", "refine", "to_poles", "to_theta"]
+__all__ = ["Point", "beyond", "modes_of", "point", "refine", "to_poles", "to_theta"]
 
 _STEPS = 60
-_LIMIT = 8.0  # |θ| beyond this is 1 − |k| < 3·10⁻⁷
 
 
 @dataclass
@@ -55,13 +55,13 @@ def refine(poles: Tensor, form: Closed, order: int, steps: int = _STEPS, enough:
     poles: stable, `order` ≥ 1 of them (width = order rounded up to even), an odd order's last slot (real, 0).
     A filter is left when a step lowers its cost by less than the share `enough`.
     """
-    theta = to_theta(poles)
+    theta = _limited(to_theta(poles), form.length)
     best, cost = theta.clone(), torch.empty_like(form.energy)
     active = torch.arange(len(theta), device=theta.device)
     damping = torch.full_like(cost, 1e-2)
     here = point(theta, form, order)
     for _ in range(steps):
-        there = point(_step(here, damping, order), form, order)
+        there = point(_limited(_step(here, damping, order), form.length), form, order)
         lower = there.cost < here.cost
         gain = 1 - there.cost / here.cost.clamp_min(1e-300)
         damping = torch.where(lower, damping / 5, damping * 4).clamp_min(1e-9)
@@ -83,8 +83,27 @@ def to_theta(poles: Tensor) -> Tensor:
     first, second = poles.unflatten(-1, (-1, 2)).unbind(-1)
     k2 = (first * second).real
     k1 = (first + second).real / (1 + k2)
-    edge = 1 - 3e-7
+    edge = 1 - 1e-15
     return torch.stack([k1, k2], -1).clamp(-edge, edge).atanh()
+
+
+def _limits(length: int) -> tuple[float, float]:
+    """Of |θ|, for k₁ and k₂: 1 − |k₂| ≥ 2·10⁻⁷, and 1 − |k₁| ≥ 1/(4·length²), which is a pair 1/length away from 1.
+
+    Nearer to 1 a pair is a straight line over the whole length, and the closed form loses its digits.
+    """
+    return min(max(8.0, math.log(length * math.sqrt(8))), 14.0), 8.0
+
+
+def _limited(theta: Tensor, length: int) -> Tensor:
+    pairs = zip(theta.unbind(-1), _limits(length), strict=True)
+    return torch.stack([x.clamp(-limit, limit) for x, limit in pairs], -1)
+
+
+def beyond(poles: Tensor, length: int) -> Tensor:
+    """Whether refinement cannot start from a spectrum, complex [filters, width] in slots: bool [filters]."""
+    theta = to_theta(poles)
+    return (_limited(theta, length) != theta).flatten(1).any(-1)
 
 
 def to_poles(theta: Tensor) -> Tensor:
@@ -116,7 +135,7 @@ def _section(theta: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def modes_of(poles: Tensor, form: Closed, order: int) -> Modes:
     """The modes of poles in slots, complex [filters, order rounded up to even]."""
-    mean, discriminant, _ = _section(to_theta(poles), order)
+    mean, discriminant, _ = _section(_limited(to_theta(poles), form.length), order)
     return modes(form, mean, discriminant, bool(order % 2))
 
 
@@ -159,4 +178,4 @@ def _step(here: Point, damping: Tensor, order: int) -> Tensor:
     step = scale * cholesky_solve(lower, (scale * here.gradient).unsqueeze(-1)).squeeze(-1)
     step = step.nan_to_num(0.0, 0.0, 0.0)
     step = torch.nn.functional.pad(step.clamp(-1, 1), (0, order % 2)).unflatten(-1, (2, -1)).mT
-    return (here.theta + step).clamp(-_LIMIT, _LIMIT)
+    return here.theta + step

@@ -91,6 +91,22 @@ def test_filters_that_do_not_decay_are_met() -> None:
     assert float(reducer.reduce(12, "hankel").error.max()) > 5 * refined[12]  # the windows alone do not see it
 
 
+def test_pairs_much_slower_than_their_length_is_short_are_refined() -> None:
+    time = torch.arange(8000, dtype=torch.float64)
+    taps = (torch.exp(-time / 4000) * torch.cos(3e-4 * time)).unsqueeze(0)
+    taps += 1e-2 * torch.randn(taps.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    norm, hankel = tap_norm(taps, None), reduce(taps, 2, method="hankel")
+    _, cost = refine(hankel.system.poles, closed(norm), 2)
+    assert float(cost.sqrt() / norm.size(taps)) <= float(hankel.error) * (1 + 1e-9)
+
+
+def test_what_refinement_cannot_start_from_is_kept(trained_like: Tensor) -> None:
+    level = 1 + 1e-4 * trained_like[:2]  # hardly decays: a pole nearer to 1 than refinement goes
+    for order in (1, 2, 3):
+        reducer = factorize(level, order)
+        assert bool((reducer.reduce(order).error <= reducer.reduce(order, "hankel").error * (1 + 1e-9)).all())
+
+
 def test_a_head_is_exact_and_the_rest_is_as_if_it_were_not_there(trained_like: Tensor) -> None:
     broken = trained_like.clone()
     broken[:, :4] += 10 * torch.randn(24, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
