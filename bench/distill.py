@@ -130,7 +130,10 @@ def recovery(quick: bool) -> list[Row]:
 
 
 def cost(quick: bool) -> list[Row]:
-    """Seconds of a reduction to order 4 by length (one filter) and by number of filters (1024 taps)."""
+    """Seconds of a reduction to order 4 by length (one filter) and by number of filters (1024 taps).
+
+    Below a second the shortest of three.
+    """
     lengths = [1 << k for k in range(8, 11 if quick else 21, 2)]
     counts = [1 << k for k in range(0, 4 if quick else 13, 2)]
     rows: list[Row] = []
@@ -142,6 +145,8 @@ def cost(quick: bool) -> list[Row]:
                     break
                 _, taps = planted(*((1, size) if what == "length" else (size, 1024)), 8, 1e-3)
                 before, seconds = seconds, reduce(taps, 4, method=method).seconds
+                if seconds < 1:
+                    seconds = min(seconds, *(reduce(taps, 4, method=method).seconds for _ in range(2)))
                 rows.append(_said({"what": what, "size": size, "method": method, "seconds": seconds}))
     return rows
 
@@ -170,7 +175,7 @@ def model(quick: bool) -> list[Row]:
 
 
 def _variants(taps: Tensor, heard: Tensor, bank: Bank, order: int) -> Iterator[tuple[str, Tensor]]:
-    """Taps of Hankel reductions in the l2 norm, their residues refitted to what is heard, and a build's of one order."""
+    """Taps of Hankel reductions in the l2 norm, their residues refitted to what is heard; a build's of one order."""
     plain = reduce(taps, order, method="hankel").system
     yield "plain poles, plain residues", plain.taps(taps.shape[1])
     yield "plain poles, heard residues", fit_residues(plain.poles, tap_norm(taps, heard))[0].taps(taps.shape[1])

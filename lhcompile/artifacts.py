@@ -153,7 +153,8 @@ class DistilledLayer:
             return self.taps
         taps = self.system.taps(self.taps.shape[1])
         if self.head is not None:
-            taps[:, 1 : 1 + self.head.shape[1]] += self.head
+            count = min(self.head.shape[1], taps.shape[1] - 1)
+            taps[:, 1 : 1 + count] += self.head[:, :count]
         return taps
 
 

@@ -50,6 +50,7 @@ class Bank:
         self._lengths, self._kind = heads.unique(return_inverse=True)
         self._reducers: list[Reducer] = []
         self._found: dict[tuple[int, str], Reduction] = {}
+        self._size: Tensor | None = None
 
     def reduce(self, order: int, method: str | None = None) -> Reduction:
         """The systems of one order, by the bank's method if no other is named."""
@@ -68,7 +69,11 @@ class Bank:
     def squares(self, order: int, method: str | None = None) -> Tensor:
         """Relative squared error of the systems of an order as they will run: in float32, [filters]."""
         found = self.reduce(order, method)
-        noise = found.system.noise(_UNIT) / self._taps.norm(dim=-1).clamp_min(1e-300)
+        if self._size is None:
+            self._size = torch.ones_like(found.error)
+            for kind, reducer in enumerate(self._each()):
+                self._size[self._kind == kind] = reducer.norm.size(reducer.norm.taps).clamp_min(1e-300)
+        noise = found.system.noise(_UNIT) / self._size
         return found.error.square() + noise.square()
 
     def _each(self) -> list[Reducer]:
@@ -99,6 +104,10 @@ class Allocation:
         """Mean order of the filters."""
         return float(torch.tensor(self.orders, dtype=torch.float64)[self.choice].mean())
 
+    def states(self, sharing: Tensor) -> float:
+        """Numbers of state of all channels; sharing: channels of each filter, [filters]."""
+        return float((sharing * torch.tensor(self.orders, dtype=torch.float64)[self.choice]).sum())
+
     def reduction(self, bank: Bank) -> Reduction:
         """The systems of this allocation."""
         used = sorted(set(self.choice.tolist()))
@@ -115,10 +124,11 @@ def uniform(costs: Tensor, orders: tuple[int, ...]) -> list[Allocation]:
     ]
 
 
-def allocations(costs: Tensor, orders: tuple[int, ...]) -> list[Allocation]:
-    """The cheapest choices for falling prices, by growing state. costs: [filters, orders]"""
+def allocations(costs: Tensor, orders: tuple[int, ...], sharing: Tensor) -> list[Allocation]:
+    """The cheapest choices for falling prices, by growing state. costs: [filters, orders]; sharing: [filters], states
+    that an order of the filter takes"""
     costs = costs.cummin(1).values
-    states = torch.tensor(orders, dtype=costs.dtype)
+    states = sharing.to(costs).unsqueeze(1) * torch.tensor(orders, dtype=costs.dtype)
     price = float(costs.max().clamp_min(1e-300))
     least = max(float(costs[:, -1].mean()), 1e-12 * price) / (1 + max(orders)) / 8
     found: list[Allocation] = []
@@ -127,4 +137,4 @@ def allocations(costs: Tensor, orders: tuple[int, ...]) -> list[Allocation]:
         if not found or not torch.equal(choice, found[-1].choice):
             found.append(Allocation(orders, choice, float(costs.gather(1, choice.unsqueeze(1)).sum()), price))
         price /= _PRICES
-    return [*found, Allocation(orders, costs.argmin(1), float(costs[:, -1].sum()))]
+    return [*found, Allocation(orders, costs.argmin(1), float(costs[:, -1].sum()), price)]

@@ -50,6 +50,11 @@ class Convolutions:
         self.taps = torch.cat(padded) if padded else torch.zeros(0, 0, dtype=torch.float64)
         self.counts = [x.shape[0] for x in taps]
 
+    @property
+    def layers(self) -> list[tuple[int, Node]]:
+        """Number of filters and node of each convolution."""
+        return list(zip(self.counts, self.nodes, strict=True))
+
     @torch.no_grad()
     def heard(self, tokens: Tensor) -> Tensor:
         """Power spectrum of each filter's input on tokens [sequences, time], [filters, length + 1]."""
@@ -114,7 +119,9 @@ class _Ear(Interpreter):
     def run_node(self, n: Node) -> object:
         if n in self.power:
             u, taps, _, inner = cast(tuple[Tensor, Tensor, None, int], self.fetch_args_kwargs_from_env(n)[0])
-            spectrum = torch.fft.rfft(u, n=2 * self.length, dim=1).abs().square()  # [batch, bins, channels]
+            bins = self.length + 1
+            spectrum = torch.fft.rfft(u, n=2 * max(self.length, u.shape[1]), dim=1).abs().square()
+            spectrum = torch.nn.functional.interpolate(spectrum.mT, size=bins, mode="linear", align_corners=True).mT
             grouped = spectrum.unflatten(2, (-1, taps.shape[0], inner))
             self.power[n] = self.power[n] + grouped.double().mean(dim=(0, 2, 4)).T
         return super().run_node(n)

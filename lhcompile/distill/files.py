@@ -31,7 +31,7 @@ def read_array(path: Path) -> np.ndarray:
     """The array of an .npy file. Raises ConfigError, one line, for everything else."""
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) else None
         raise ConfigError(f"cannot read {path}: {reason or 'it is not an .npy file of numbers'}") from None
     if not isinstance(array, np.ndarray):

@@ -39,8 +39,13 @@ def distill_filters(
     Raises DistillError, one line, for NaN, growing taps, an order above what the length can show, and a tolerance out
     of reach.
     """
+    for name, value in (("order", order), ("head", head)):
+        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+            raise DistillError(f"{name} {value!r} is not a whole number")
     bank = as_bank(taps, "taps")
     spectra = None if weights is None else as_bank(weights, "weights").to(bank.device)
+    if spectra is not None and bool((spectra == 0).all(-1).any()):
+        raise DistillError(f"row {int((spectra == 0).all(-1).nonzero()[0])} of the weights is all zeros")
     length = bank.shape[1]
     if head > length:
         raise DistillError(f"a head of {head} taps is longer than the filters: {length} taps")
@@ -48,8 +53,8 @@ def distill_filters(
     if order is not None and order > limit:
         beyond = "" if head <= 1 else f" beyond a head of {head}"
         raise DistillError(f"order {order} is more than filters of {length} taps can show{beyond}: {limit} at most")
-    if tol is not None and not tol > 0:
-        raise DistillError(f"tolerance {tol:g} is not positive")
+    if tol is not None and not 0 < tol < float("inf"):
+        raise DistillError(f"tolerance {tol:g} is not positive and finite")
     return reduce(bank, order, tol, spectra, method, head)
 
 

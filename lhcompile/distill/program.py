@@ -40,7 +40,7 @@ _PROBES = (0, 1, 2, 4)
 """Orders whose errors measure the sensitivities."""
 _EVERY = 4
 """One sequence of so many gives the KL divergence, which is the same everywhere."""
-_PACKED = 1 / 2
+_PACKED = 3 / 4
 """A layer's states are packed where they fill at most this part of the rectangle (docs/decisions/005)."""
 
 
@@ -104,28 +104,29 @@ def _within_budget(
     probes = [bank.reduce(order, "hankel") for order in _PROBES]
     say("measuring how sensitive the model is to each filter")
     sensitivity = convolutions.sensitivity(tokens, probes)
+    sharing = torch.cat([torch.full((c,), _channels(node) / c).double() for c, node in convolutions.layers])
     reference = losses(program, tokens)
 
-    def measured(reduction: Reduction) -> tuple[Tensor, Tensor]:
+    def measured(reduction: Reduction) -> tuple[Tensor, Tensor | None]:
         model = convolutions.with_taps(reduction.single().taps(convolutions.taps.shape[1]))
         if sampled:
-            found = divergences(program, model, tokens)
-            return found, found
+            return divergences(program, model, tokens), None
         return losses(model, tokens) - reference, divergences(program, model, tokens[::_EVERY])
 
     def searched(bank: Bank) -> tuple[Allocation, tuple[Trial, ...]]:
-        return search(bank, config, float(reference.mean()), sensitivity, measured, say)
+        return search(bank, config, float(reference.mean()), sensitivity, sharing, measured, say)
 
     best, trials = searched(bank)
     if config.head > 1:
         say("looking for layers that an exact head makes smaller")
         every = torch.ones(len(convolutions.taps), dtype=torch.int64)
-        banks = (lambda head: bank_of(head * every)), convolutions.counts
-        heads = heads_at_price(*banks, sensitivity, best.price, config.head)
+        layers = [(count, taps_of(program.graph, node).shape[1]) for count, node in convolutions.layers]
+        banks = (lambda head: bank_of(head * every)), layers
+        heads = heads_at_price(*banks, sensitivity, sharing, best.price, config.head)
         with_heads = bank_of(heads)
         other, more = searched(with_heads)
         trials += more
-        if other.mean + float(heads.double().mean()) - 1 < best.mean:
+        if other.states(sharing) + float((sharing * (heads - 1)).sum()) < best.states(sharing):
             return other.reduction(with_heads), trials
     return best.reduction(bank), trials
 

@@ -289,6 +289,11 @@ def checked(taps: Tensor) -> Tensor:
     broken = ~torch.isfinite(taps).all(-1)
     if bool(broken.any()):
         raise DistillError(f"filter {int(broken.nonzero()[0])} has taps that are NaN or infinite")
+    peak = taps.abs().amax(-1)
+    extreme = (peak > 0) & ((peak < 1e-100) | (peak > 1e100))
+    if bool(extreme.any()):
+        index = int(extreme.nonzero()[0])
+        raise DistillError(f"filter {index} has taps of size {float(peak[index]):.0e}: scale them to 1e-100 … 1e100")
     quarter = taps.shape[1] // 4
     if quarter >= 8:
         peak = taps.abs().amax(-1, keepdim=True).clamp_min(1e-300)

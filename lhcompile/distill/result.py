@@ -97,7 +97,7 @@ def select(reductions: Sequence[Reduction], choice: Tensor) -> Reduction:
         bound=pick(lambda r: r.bound),
         hankel_singular_values=pick(lambda r: r.hankel_singular_values[:, :count]),
         seconds=sum(reductions[c].seconds for c in used),
-        method=reductions[used[0]].method,
+        method=" and ".join(dict.fromkeys(reductions[c].method for c in used)),
     )
 
 

@@ -37,14 +37,16 @@ def search(
     config: DistillConfig,
     reference: float,
     sensitivity: Tensor,
-    measured: Callable[[Reduction], tuple[Tensor, Tensor]],
+    sharing: Tensor,
+    measured: Callable[[Reduction], tuple[Tensor, Tensor | None]],
     say: Callable[[str], None],
 ) -> tuple[Allocation, tuple[Trial, ...]]:
     """The smallest allocation within the budget, and all trials on the way.
 
     reference: the source's loss; sensitivity: KL per token for a relative squared error of 1, [filters]
-    measured: by how much the loss of the model with these systems is above the source's, and its KL divergence from
-    the source, nats per token, [sequences] each
+    sharing: channels that run through each filter, each with states of its own, [filters]
+    measured: by how much the loss of the model with these systems is above the source's, nats per token, [sequences],
+    and its KL divergence from the source alike; None where the first is the KL divergence itself
     Raises BudgetError naming the best that was reached.
     """
     scale, trials = max(reference, TINY), []
@@ -52,7 +54,7 @@ def search(
     while True:
         orders = _orders(limit, config.uniform)
         costs = torch.stack([sensitivity * bank.squares(order) for order in orders], 1)
-        ladder = (uniform if config.uniform else allocations)(costs, orders)
+        ladder = uniform(costs, orders) if config.uniform else allocations(costs, orders, sharing)
 
         def passes(allocation: Allocation) -> bool:
             rises, divergences = measured(allocation.reduction(bank))
@@ -77,13 +79,20 @@ def search(
     )
 
 
-def expected(rises: Tensor, divergences: Tensor) -> float:
+def expected(rises: Tensor, divergences: Tensor | None) -> float:
     """The rise of the loss to be expected of other text, nats per token, on the safe side by two standard errors.
 
-    rises, divergences: of single sequences, [sequences] each, the latter perhaps of fewer
+    rises, divergences: of single sequences, [sequences] each, the latter perhaps of fewer; None where the rises are
+    divergences. One sequence has no standard error: the larger of the two estimates is taken.
     """
-    noise = float(rises.std() / len(rises) ** 0.5) if len(rises) > 1 else 0.0
-    return (float(rises.mean()) + float(divergences.mean())) / 2 + noise
+    rise = float(rises.mean())
+    noise = float(rises.std()) / len(rises) ** 0.5 if len(rises) > 1 else 0.0
+    if divergences is None:
+        return rise + 2 * noise
+    divergence = float(divergences.mean())
+    if len(rises) == 1:
+        return max(rise, divergence)
+    return (rise + divergence) / 2 + noise  # of a half the standard error is a half
 
 
 def _orders(limit: int, same: bool) -> tuple[int, ...]:

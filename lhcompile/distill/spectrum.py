@@ -90,7 +90,8 @@ def least_squares(rows: Tensor, target: Tensor) -> Tensor:
     symmetric eigendecomposition, then two steps of refinement on the true residual, which carry the
     accuracy of the fit from the square of the condition number back to the condition number.
     Nearly equal poles make directions that need huge residues which cancel, and float32 cannot cancel them:
-    directions whose eigenvalue is below 10⁻⁹ are left out, unless those above 10⁻¹³ halve the residual.
+    directions whose eigenvalue is below 10⁻⁹ are left out, unless those above 10⁻¹³ halve the residual, with
+    coefficients whose rounding in float64 is below 10⁻¹⁰ of the target.
     """
     size = rows.norm(dim=-1)
     scale = torch.where(size > 1e-150, 1 / size.clamp_min(1e-150), torch.zeros_like(size))
@@ -112,7 +113,8 @@ def least_squares(rows: Tensor, target: Tensor) -> Tensor:
         x = safe
     else:
         sharp, less = solve(_SHARP_CUTOFF)
-        x = torch.where((less < left / 2).unsqueeze(-1), sharp, safe)
+        exact = 2e-16 * (sharp * scale).abs().sum(-1) < 1e-10 * target.norm(dim=-1)
+        x = torch.where((exact & (less < left / 2)).unsqueeze(-1), sharp, safe)
     rounding = 1e-14 * target.norm(dim=-1, keepdim=True)
     return torch.where(x.abs() > rounding, x * scale, torch.zeros_like(x))
 

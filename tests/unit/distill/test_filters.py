@@ -87,7 +87,7 @@ def test_tolerance_weights_method_and_head_are_passed_on(trained_like: Tensor) -
         (np.ones((2, 9)), {"order": 4, "head": 3}, r"of 9 taps can show beyond a head of 3: 3 at most"),
         (np.ones((2, 9)), {"order": 1, "head": 10}, "a head of 10 taps is longer than the filters: 9 taps"),
         (np.ones((2, 9)), {"order": 1, "head": 0}, "a head of 0 taps: the first tap is always free"),
-        (np.ones((2, 9)), {"tol": 0.0}, "tolerance 0 is not positive"),
+        (np.ones((2, 9)), {"tol": 0.0}, "tolerance 0 is not positive and finite"),
         (np.ones((2, 9)), {"tol": float("nan")}, "tolerance nan is not positive"),
         (np.array([[1.0, 0.5], [np.nan, 0]]), {"order": 1}, "filter 1 has taps that are NaN or infinite"),
         (np.ones((2, 9)), {"order": 1, "weights": np.ones((3, 5))}, r"weights \(3, 5\) are not a power spectrum"),

@@ -15,6 +15,7 @@ from lhcompile.distill import distill, factorize
 from lhcompile.distill.convolutions import Convolutions
 from lhcompile.distill.heal import _Entries, heal
 from lhcompile.distill.norm import tap_norm
+from lhcompile.distill.result import Reduction
 from lhcompile.errors import DistillError
 from lhcompile.measure import divergences
 from lhcompile.ssm import ModalSSM
@@ -67,11 +68,20 @@ def test_healing_brings_a_damaged_model_back_to_its_source(program: Program, mon
     assert torch.equal(healed.system.orders, bent.system.orders)
 
 
-def test_a_build_is_healed(program: Program) -> None:
-    distilled = distill(program, DistillConfig(order=1, heal=4), tokens(8), sampled=True)
-    assert distilled.healed is not None
-    before, after = distilled.healed
-    assert (distilled.layers[0].method.endswith("healed")) == (after < before)
+def test_what_healing_gives_is_built(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(_: Convolutions, reduction: Reduction, *__: object) -> tuple[Reduction, tuple[float, float]]:
+        whole = reduction.system
+        return replace(reduction, system=ModalSSM(whole.poles, 2 * whole.residues, whole.direct)), (2.0, 1.0)
+
+    plain = distill(program, DistillConfig(order=1), tokens(8), sampled=True)
+    monkeypatch.setattr("lhcompile.distill.program.heal", doubled)
+    distilled = distill(program, DistillConfig(order=1, heal=1), tokens(8), sampled=True)
+    assert distilled.healed == (2.0, 1.0)
+    for before, after in zip(plain.layers, distilled.layers, strict=True):
+        assert before.system is not None
+        assert after.system is not None
+        torch.testing.assert_close(after.system.residues, 2 * before.system.residues)
+    assert not torch.allclose(distilled.program(tokens(2)), plain.program(tokens(2)))
 
 
 def test_healing_that_does_not_help_is_dropped(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:

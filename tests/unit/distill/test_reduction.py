@@ -68,6 +68,17 @@ def test_degenerate_taps(taps: Tensor, method: str) -> None:
         )
 
 
+def test_errors_are_those_of_the_taps_where_residues_could_be_huge() -> None:
+    taps = torch.zeros(1, 13, dtype=torch.float64)
+    taps[0, 0], taps[0, 3] = 2.3, 1.6  # three poles near 0 would do it, with residues of 10⁹
+    for seed in range(4):
+        weights = torch.rand(1, 17, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for method in ("hankel", "varpro"):
+            result = reduce(taps, 3, weights=weights, method=method)
+            again = tap_norm(taps, weights).relative(taps - result.taps(13))
+            torch.testing.assert_close(result.error, again, rtol=1e-9, atol=1e-12)
+
+
 def test_constant_taps_need_one_pole() -> None:
     result = reduce(torch.full((3, 1024), 0.05), order=1)
     assert float(result.error.max()) < 1e-3
@@ -133,3 +144,24 @@ def test_refused_taps(trained_like: Tensor) -> None:
         reduce(growing, order=2)
     with pytest.raises(DistillError, match=r"taps \(24,\) torch.float64 are not real \[filters, length"):
         reduce(trained_like[:, 0], order=2)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_taps_too_small_or_large_to_square_are_refused(trained_like: Tensor, scale: float) -> None:
+    taps = trained_like[:3].double().clone()
+    taps[1] *= scale
+    with pytest.raises(DistillError, match="filter 1 has taps of size"):
+        reduce(taps, 2)
+
+
+def test_the_size_of_taps_changes_no_figure(trained_like: Tensor) -> None:
+    one, other = (reduce(scale * trained_like[:6].double(), 4) for scale in (1.0, 1e-60))
+    torch.testing.assert_close(one.error, other.error, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(one.bound, other.bound, rtol=1e-6, atol=1e-12)
+
+
+def test_a_selection_says_every_method_it_used(trained_like: Tensor) -> None:
+    taps = trained_like[:4]
+    both = [reduce(taps, 2), reduce(taps, 12, method="hankel")]
+    assert select(both, torch.tensor([0, 1, 0, 1])).method == "varpro and hankel"
+    assert select(both, torch.tensor([1, 1, 1, 1])).method == "hankel"

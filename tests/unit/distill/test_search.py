@@ -22,7 +22,7 @@ def costs(filters: int) -> torch.Tensor:
 
 
 def test_a_ladder_falls_in_cost_and_grows_in_state() -> None:
-    for ladder in (allocations(costs(20), ORDERS), uniform(costs(20), ORDERS)):
+    for ladder in (allocations(costs(20), ORDERS, torch.ones(20)), uniform(costs(20), ORDERS)):
         assert len(ladder) > 3
         for one, other in itertools.pairwise(ladder):
             assert one.mean <= other.mean
@@ -35,14 +35,14 @@ def test_no_other_choice_of_the_same_state_is_cheaper() -> None:
     states = torch.tensor(ORDERS)
     every = torch.tensor(list(itertools.product(range(len(ORDERS)), repeat=5)))
     total = table[torch.arange(5), every].sum(1)
-    for step in allocations(table, ORDERS):
+    for step in allocations(table, ORDERS, torch.ones(5)):
         rivals = total[states[every].sum(1) <= states[step.choice].sum()]
         assert step.predicted <= float(rivals.min()) + 1e-12
 
 
 def test_an_order_that_makes_a_filter_worse_is_not_paid_for() -> None:
     table = torch.tensor([[1.0, 0.1, 0.5, 0.1]], dtype=torch.float64)
-    assert all(int(step.choice) != 2 for step in allocations(table, ORDERS))
+    assert all(int(step.choice) != 2 for step in allocations(table, ORDERS, torch.ones(1)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 23])
@@ -65,4 +65,15 @@ def test_what_is_expected_lies_between_both_estimates_and_grows_with_the_noise()
     steady, noisy = torch.full((16,), 0.1), 0.1 + torch.linspace(-1, 1, 16)
     assert expected(steady, torch.full((4,), 0.3)) == pytest.approx(0.2)
     assert expected(noisy, torch.full((4,), 0.3)) == pytest.approx(0.2 + float(noisy.std()) / 4)
-    assert expected(steady[:1], steady[:1]) == pytest.approx(0.1)
+    assert expected(noisy, None) == pytest.approx(0.1 + 2 * float(noisy.std()) / 4)
+    assert expected(steady[:1], torch.tensor([0.3])) == pytest.approx(0.3)
+
+
+def test_states_of_shared_filters_cost_as_much_as_they_take() -> None:
+    """Of two filters alike, the one that serves one channel gets more order than the one that serves many."""
+    table = torch.tensor([[1.0, 0.3, 0.1, 0.01]] * 2, dtype=torch.float64)
+    sharing = torch.tensor([1.0, 30.0])
+    orders = torch.tensor(ORDERS)
+    chosen = [orders[step.choice].tolist() for step in allocations(table, ORDERS, sharing)]
+    assert all(alone >= shared for alone, shared in chosen)
+    assert any(alone > shared for alone, shared in chosen)
