@@ -142,7 +142,7 @@ def partners(order: int) -> list[int]:
 
 def swap(x: Tensor, axis: int = 0) -> Tensor:
     """Exchange the two rows of every slot along the order axis."""
-    return x.index_select(axis, torch.tensor(partners(x.shape[axis]), device=x.device))
+    return x.index_select(axis, torch.tensor(partners(x.shape[axis]), dtype=torch.int64, device=x.device))
 
 
 def real_powers(own: Tensor, other: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -188,7 +188,9 @@ def _trimmed(part: Reduction) -> Reduction:
     """A reduction without the slots and head taps behind the last that any of its filters uses; one slot stays."""
     system, head = part.system, part.head
     width = max(2, 2 * _used((system.residues != 0).any(0).unflatten(0, (-1, 2)).any(1)))
-    system = ModalSSM(system.poles[:, :width], system.residues[:, :width], system.direct)
+    missing = (0, max(0, width - system.poles.shape[1]))
+    poles, residues = (torch.nn.functional.pad(x[:, :width], missing) for x in (system.poles, system.residues))
+    system = ModalSSM(poles, residues, system.direct)
     return replace(part, system=system, head=head[:, : _used((head != 0).any(0))])
 
 

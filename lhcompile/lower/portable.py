@@ -242,13 +242,13 @@ class _Packed:
         return op.GatherElements(x, self._everywhere(index), axis=self.axis)
 
     def _zeros(self, u: Value) -> Value:
-        """Integer zeros [batch, 1, (outer), 1] without reading a shape: no number is less than itself, not even NaN."""
+        """Integer zeros [batch, 1, (outer), 1] without reading a shape: of one number the largest is the first."""
         one = op.Slice(u, _ints(0, 0), _ints(1, 1), _ints(1, self.axis))
-        return op.Cast(op.Less(one, one), to=ir.DataType.INT32)
+        return op.ArgMax(one, axis=self.axis, keepdims=1)
 
     def _everywhere(self, index: NDArray[np.int32]) -> Value:
         """[m] → [batch, 1, (outer), m]"""
-        return op.Add(self.zeros, _constant(index))
+        return op.Add(self.zeros, _constant(index.astype(np.int64)))
 
     def read(self, states: Value, readout: torch.Tensor, direct: Value) -> Value:
         """direct + Σ readout ∘ states over the states of each filter, [batch, 1, lead…]; readout: [order, filters]"""
