@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,12 @@ from lhcompile.distill.hankel import order_limit
 from lhcompile.distill.reduction import reduce
 from lhcompile.distill.result import Reduction
 from lhcompile.errors import DistillError
+from lhcompile.parallel import one_thread
 
 __all__ = ["as_bank", "distill_filters"]
+
+_SHORT = 1 << 16
+"""One filter of so many taps is no work for several threads, which would mostly wait for each other."""
 
 
 def distill_filters(
@@ -55,7 +60,9 @@ def distill_filters(
         raise DistillError(f"order {order} is more than filters of {length} taps can show{beyond}: {limit} at most")
     if tol is not None and not 0 < tol < float("inf"):
         raise DistillError(f"tolerance {tol:g} is not positive and finite")
-    return reduce(bank, order, tol, spectra, method, head)
+    alone = bank.shape[0] == 1 and length <= _SHORT
+    with one_thread() if alone else nullcontext():
+        return reduce(bank, order, tol, spectra, method, head)
 
 
 def as_bank(values: Any, name: str) -> Tensor:

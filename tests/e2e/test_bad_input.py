@@ -291,8 +291,8 @@ def test_text_for_a_model_of_unknown_tokens(site: Site, text: Path) -> None:
 
 def test_a_budget_that_cannot_be_met(site: Site) -> None:
     best = (
-        r"no order up to 2 keeps the rise of the loss within 1e-05%: the best is \+\d+\.\d+% at mean order 2; allow more "
-        "with --budget"
+        r"no order up to 2 keeps the rise of the loss within 1e-05%: the best is \+\d+\.\d+% at mean order 2; allow "
+        "more with --budget"
     )
     site(best, "factories:Tiny", "--budget", 1e-7, "--max-order", 2, "--sequences", 4, code=3)
     site("no order up to 1 keeps", "factories:Tiny", "--budget", 1e-7, "--max-order", 1, "--sequences", 4, code=3)

@@ -304,10 +304,11 @@ def indexed_wrongly(chosen: Callable[[NodeProto], bool]) -> Callable[[ModelProto
         place = next(i for i, node in enumerate(model.graph.node) if chosen(node))
         node = model.graph.node[place]
         (spread,) = [each for each in model.graph.node if each.output[0] == node.input[1]]
-        (index,) = [tensor for tensor in model.graph.initializer if tensor.name == spread.input[0]]
+        (index,) = [tensor for tensor in model.graph.initializer if tensor.name in spread.input]
+        (zeros,) = [name for name in spread.input if name != index.name]
         rolled = constant(model, np.roll(numpy_helper.to_array(index), 1), "rolled")
         node.input[1] = "rolled.spread"
-        model.graph.node.insert(place, onnx.helper.make_node("Expand", [rolled, spread.input[1]], ["rolled.spread"]))
+        model.graph.node.insert(place, onnx.helper.make_node(spread.op_type, [zeros, rolled], ["rolled.spread"]))
 
     return change
 
