@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.distill_report import picture, tables
+from bench.distill_report import PLOTTED, picture, tables
 from bench.machine import describe
 from lhcompile.artifacts import LoadedModel, Program, Tokens
 from lhcompile.calibrate import calibrate
@@ -39,6 +41,7 @@ from lhcompile.recognize import recognize
 from lhcompile.ssm import ModalSSM
 
 EXAMPLE = Path(__file__).parents[1] / "examples/pysource"
+COMPARED = [method for method in METHODS if method != "auto"]
 SLOW = ("gradient", "gradient-h2")
 """Methods that are run at fewer orders, not in the weighted norm, and not on planted systems without noise."""
 SAMPLE, PLANTED = 64, 16
@@ -98,7 +101,7 @@ def filters(quick: bool) -> list[Row]:
     sample = torch.linspace(0, len(convolutions.taps) - 1, 4 if quick else SAMPLE).round().long()
     rows = []
     for norm, weights in (("l2", None), ("heard", heard[sample])):
-        for method in METHODS:
+        for method in COMPARED:
             for order in _orders(method, norm, quick):
                 result = reduce(convolutions.taps[sample], order, weights=weights, method=method)
                 row = {"norm": norm, "method": method, "order": order, "filters": len(sample), **_figures(result)}
@@ -120,7 +123,7 @@ def recovery(quick: bool) -> list[Row]:
     for kind, spread in (("separated", 1.0), ("clustered", 0.03)):
         for noise in (0.0, 1e-3):
             clean, taps = planted(2 if quick else PLANTED, 256 if quick else 1024, 8, noise, spread)
-            for method in (m for m in METHODS if m not in SLOW or (noise and not quick)):
+            for method in (m for m in COMPARED if m not in SLOW or (noise and not quick)):
                 result = reduce(taps, 8, method=method)
                 missed = (result.taps(clean.shape[1]) - clean).norm(dim=-1)
                 row = {"kind": kind, "noise": noise, "method": method, **_figures(result)}
@@ -137,7 +140,7 @@ def cost(quick: bool) -> list[Row]:
     lengths = [1 << k for k in range(8, 11 if quick else 21, 2)]
     counts = [1 << k for k in range(0, 4 if quick else 13, 2)]
     rows: list[Row] = []
-    for method in (m for m in METHODS if m != "gradient-h2"):  # costs what the other does
+    for method in (m for m in COMPARED if m != "gradient-h2"):  # costs what the other does
         for what, sizes in (("length", lengths), ("filters", counts)):
             before = seconds = 0.0
             for size in sizes if not (quick and method in SLOW) else []:
@@ -202,7 +205,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for distill.json, distill.md and distill.svg")
     options = parser.parse_args()
     reduce(planted(4, 256, 4, 1e-3)[1], 4)  # what only the first call pays is not measured
-    result: dict[str, Any] = {"command": "python -m bench.distill --out docs/bench", "machine": describe()}
+    result: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "bench.distill", *sys.argv[1:]]),
+        "machine": describe(),
+    }
     result |= {part: PARTS[part](options.quick) for part in options.parts}
     text = tables(result)
     print(text)
@@ -210,7 +216,8 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "distill.json").write_text(json.dumps(result, indent=1) + "\n")
         (options.out / "distill.md").write_text(text + "\n")
-        (options.out / "distill.svg").write_text(picture(result))
+        if PLOTTED & result.keys():
+            (options.out / "distill.svg").write_text(picture(result))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-__all__ = ["picture", "tables"]
+__all__ = ["PLOTTED", "picture", "tables"]
+
+PLOTTED = {"filters", "cost"}
+"""Parts that the picture shows."""
 
 COLORS = {
     "hankel": "#4c78a8",
@@ -35,7 +38,7 @@ def tables(result: dict[str, Any]) -> str:
     ]
     makers = {"filters": _filters, "planted": _planted, "cost": _cost, "model": _model}
     parts += [make(result[part]) for part, make in makers.items() if part in result]
-    if "filters" in result or "cost" in result:
+    if PLOTTED & result.keys():
         parts.insert(1, "![error and time of the methods](distill.svg)")
     return "\n\n".join(parts)
 

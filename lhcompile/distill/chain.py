@@ -91,7 +91,7 @@ def _raised(below: Chain, order: int, starts: list[Tensor]) -> tuple[Tensor, Ten
     starts = [*starts, grown(below.found[-1][0], order - 1, form, points, pair=False)]
     if order > 1:
         starts.append(grown(below.found[-2][0], order - 2, form, points, pair=True))
-    enough = min(1e-4, 10.0 ** (order - 7))  # gain of the last step: low orders are cheap and go on
+    enough = min(1e-4, 10.0 ** min(order - 7, 0))  # gain of the last step: low orders are cheap and go on
     count, filters = len(starts), torch.arange(len(form.energy), device=form.energy.device)
     tried, cost = refine(torch.cat(starts), form[filters.repeat(count)], order, _TRIED, enough)
     best = tried.unflatten(0, (count, -1))[cost.unflatten(0, (count, -1)).argmin(0), filters]

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from lhcompile.artifacts import Distilled, DistilledLayer, Program, Trial, module_path
 from lhcompile.config import DistillConfig
-from lhcompile.distill.bank import Allocation, Bank
+from lhcompile.distill.bank import Bank
 from lhcompile.distill.convolutions import Convolutions, copied, taps_of
 from lhcompile.distill.heads import heads_at_price
 from lhcompile.distill.heal import heal
@@ -29,6 +29,7 @@ from lhcompile.distill.norm import tap_norm
 from lhcompile.distill.reduction import factorize
 from lhcompile.distill.result import Reduction
 from lhcompile.distill.search import search
+from lhcompile.errors import BudgetError
 from lhcompile.measure import divergences, losses
 from lhcompile.ops import per_channel
 from lhcompile.ssm import ModalSSM
@@ -99,8 +100,7 @@ def _within_budget(
     sampled: bool,
 ) -> tuple[Reduction, tuple[Trial, ...]]:
     """The smallest state whose loss on the tokens stays within the budget."""
-    program = convolutions.program
-    bank = bank_of(None)
+    program, bank = convolutions.program, bank_of(None)
     probes = [bank.reduce(order, "hankel") for order in _PROBES]
     say("measuring how sensitive the model is to each filter")
     sensitivity = convolutions.sensitivity(tokens, probes)
@@ -113,22 +113,30 @@ def _within_budget(
             return divergences(program, model, tokens), None
         return losses(model, tokens) - reference, divergences(program, model, tokens[::_EVERY])
 
-    def searched(bank: Bank) -> tuple[Allocation, tuple[Trial, ...]]:
-        return search(bank, config, float(reference.mean()), sensitivity, sharing, measured, say)
+    def searched(bank: Bank, kept: float = 0.0) -> tuple[Reduction, float, float, tuple[Trial, ...]]:
+        """The systems, their number of states with those of the heads, the price of one, and what was tried."""
+        found, trials = search(bank, config, float(reference.mean()), sensitivity, sharing, measured, say)
+        return found.reduction(bank), found.states(sharing) + kept, found.price, trials
 
-    best, trials = searched(bank)
+    best, price, trials = None, config.rise * float(reference.mean() / sharing.sum()), ()
+    try:
+        best = searched(bank)
+        _, _, price, trials = best
+    except BudgetError:  # perhaps only poles that coincide would do, which float32 cannot hold
+        if config.head == 1:
+            raise
     if config.head > 1:
         say("looking for layers that an exact head makes smaller")
         every = torch.ones(len(convolutions.taps), dtype=torch.int64)
         layers = [(count, taps_of(program.graph, node).shape[1]) for count, node in convolutions.layers]
         banks = (lambda head: bank_of(head * every)), layers
-        heads = heads_at_price(*banks, sensitivity, sharing, best.price, config.head)
-        with_heads = bank_of(heads)
-        other, more = searched(with_heads)
-        trials += more
-        if other.states(sharing) + float((sharing * (heads - 1)).sum()) < best.states(sharing):
-            return other.reduction(with_heads), trials
-    return best.reduction(bank), trials
+        heads = heads_at_price(*banks, sensitivity, sharing, price, config.head)
+        other = searched(bank_of(heads), float((sharing * (heads - 1)).sum()))
+        trials += other[3]
+        if best is None or other[1] < best[1]:
+            best = other
+    assert best is not None
+    return best[0], trials
 
 
 def _replaced(

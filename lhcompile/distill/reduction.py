@@ -30,6 +30,7 @@ from lhcompile.ssm import ModalSSM
 __all__ = ["METHODS", "Reducer", "Reduction", "checked", "factorize", "reduce", "select"]
 
 DEFAULT_METHOD = "varpro"
+_REFINED = 16  # largest order that "auto" refines
 _RANKS = (8, 16, 32, 64, 128, 256, 512)  # of Hankel factors: a small rank costs little
 METHODS: dict[str, Callable[[Reducer, int], tuple[ModalSSM, Tensor]]] = {}
 
@@ -202,7 +203,12 @@ def _gradient_h2(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
     return descend(reducer.norm, order, tail=True)
 
 
-METHODS.update(hankel=_hankel, varpro=_varpro, balanced=_balanced, modal=_modal, aaa=_aaa)
+def _auto(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
+    """Variable projection where it takes milliseconds a filter, Kung's realization above: tolerances climb quickly."""
+    return (_varpro if order <= _REFINED else _hankel)(reducer, order)
+
+
+METHODS.update(auto=_auto, hankel=_hankel, varpro=_varpro, balanced=_balanced, modal=_modal, aaa=_aaa)
 METHODS.update({"gradient": _gradient, "gradient-h2": _gradient_h2})
 
 
