@@ -41,7 +41,6 @@ from lhcompile.recognize import recognize
 from lhcompile.ssm import ModalSSM
 
 EXAMPLE = Path(__file__).parents[1] / "examples/pysource"
-COMPARED = [method for method in METHODS if method != "auto"]
 SLOW = ("gradient", "gradient-h2")
 """Methods that are run at fewer orders, not in the weighted norm, and not on planted systems without noise."""
 SAMPLE, PLANTED = 64, 16
@@ -101,7 +100,7 @@ def filters(quick: bool) -> list[Row]:
     sample = torch.linspace(0, len(convolutions.taps) - 1, 4 if quick else SAMPLE).round().long()
     rows = []
     for norm, weights in (("l2", None), ("heard", heard[sample])):
-        for method in COMPARED:
+        for method in METHODS:
             for order in _orders(method, norm, quick):
                 result = reduce(convolutions.taps[sample], order, weights=weights, method=method)
                 row = {"norm": norm, "method": method, "order": order, "filters": len(sample), **_figures(result)}
@@ -123,7 +122,7 @@ def recovery(quick: bool) -> list[Row]:
     for kind, spread in (("separated", 1.0), ("clustered", 0.03)):
         for noise in (0.0, 1e-3):
             clean, taps = planted(2 if quick else PLANTED, 256 if quick else 1024, 8, noise, spread)
-            for method in (m for m in COMPARED if m not in SLOW or (noise and not quick)):
+            for method in (m for m in METHODS if m not in SLOW or (noise and not quick)):
                 result = reduce(taps, 8, method=method)
                 missed = (result.taps(clean.shape[1]) - clean).norm(dim=-1)
                 row = {"kind": kind, "noise": noise, "method": method, **_figures(result)}
@@ -140,7 +139,7 @@ def cost(quick: bool) -> list[Row]:
     lengths = [1 << k for k in range(8, 11 if quick else 21, 2)]
     counts = [1 << k for k in range(0, 4 if quick else 13, 2)]
     rows: list[Row] = []
-    for method in (m for m in COMPARED if m != "gradient-h2"):  # costs what the other does
+    for method in (m for m in METHODS if m != "gradient-h2"):  # costs what the other does
         for what, sizes in (("length", lengths), ("filters", counts)):
             before = seconds = 0.0
             for size in sizes if not (quick and method in SLOW) else []:

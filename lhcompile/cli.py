@@ -220,12 +220,8 @@ def distill(
         Path | None, typer.Option(help="Power spectra of what filters hear, .npy, filters × bins, frequency 0 to π.")
     ] = None,
     method: Annotated[
-        str,
-        typer.Option(
-            help="varpro (poles refined), hankel (quick), auto (refined up to order 16), or to compare with: balanced, "
-            "modal, aaa, gradient, gradient-h2."
-        ),
-    ] = "auto",
+        str, typer.Option(help="varpro, hankel, balanced, modal, aaa, gradient or gradient-h2.")
+    ] = "varpro",
     head: Annotated[int, typer.Option(help="So many first taps are kept exactly, beside the system.")] = 1,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write the systems to, .npz.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file of systems.")] = False,

@@ -25,7 +25,7 @@ class _Distill(ModuleType):
         order: int | None = None,
         tol: float | None = None,
         weights: Any = None,
-        method: str = "auto",
+        method: str = "varpro",
         head: int = 1,
     ) -> Reduction:
         return distill_filters(taps, order, tol, weights, method, head)

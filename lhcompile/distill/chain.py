@@ -1,12 +1,13 @@
-"""Refined systems of every order, each from those of the two orders below.
+"""Refined systems of growing order, each from smaller ones.
 
 Order d is refined by `distill.varpro` from several starts, and the best is kept:
 
-- the system of order d − 1 with the real pole that helps most, that of d − 2 with the pair that does
-  (`distill.growth`): the squared error never rises with the order, whatever the Hankel windows make of a filter;
+- the system of the rung below with the poles that help most, one after the other (`distill.growth`), a pair or a real
+  pole first: the squared error never rises from rung to rung, whatever the Hankel windows make of a filter;
 - the poles of Kung's realization on each Hankel window (`distill.hankel`): exact where the filter is a system.
 
-All starts take a few steps, the best of them goes on to a local optimum.
+All starts take a few steps, the best of them goes on to a local optimum. Rungs are 1, 2, 3, 4, 6, 8, 12, 16, 24, …: an
+order costs about as much as all rungs below it.
 """
 
 from __future__ import annotations
@@ -25,32 +26,39 @@ from lhcompile.distill.parts import in_parts
 from lhcompile.distill.spectrum import radius_limit, stabilise
 from lhcompile.distill.varpro import refine
 
-__all__ = ["Chain", "chain"]
+__all__ = ["Chain", "chain", "rungs_below"]
 
 _TRIED = 6  # steps every start may take
+
+
+def rungs_below(order: int) -> list[int]:
+    """0, 1, 2, 3, 4, 6, 8, 12, 16, 24, … as far as they are below an order."""
+    steps = {0} | {step for k in range(order.bit_length()) for step in (1 << k, 3 << k)}
+    return sorted(step for step in steps if step < order)
 
 
 @dataclass(frozen=True)
 class Chain:
     """What is known of the refined systems of a bank.
 
-    found: for each order from 0 on, poles in slots, complex [filters, order rounded up to even], and ‖P⊥h‖² there as
-    the closed form has it, float64 [filters]
+    found: by order, poles in slots, complex [filters, order rounded up to even], and ‖P⊥h‖² there as the closed form
+    has it, float64 [filters]
     """
 
     norm: Norm
     form: Closed
     points: Grid
-    found: list[tuple[Tensor, Tensor]] = field(repr=False)
+    found: dict[int, tuple[Tensor, Tensor]] = field(repr=False)
 
     def __getitem__(self, filters: Tensor | slice) -> Chain:
-        found = [(poles[filters], cost[filters]) for poles, cost in self.found]
+        found = {order: (poles[filters], cost[filters]) for order, (poles, cost) in self.found.items()}
         return Chain(self.norm[filters], self.form[filters], self.points[filters], found)
 
     def poles(self, order: int, starts: Callable[[int], list[Tensor]]) -> tuple[Tensor, Tensor]:
         """Poles of an order and ‖P⊥h‖² there; starts(order) gives other poles to start from."""
-        while len(self.found) <= order:
-            now = len(self.found)
+        for now in [*rungs_below(order), order]:
+            if now in self.found:
+                continue
             others = starts(now)
             size = 8 * (len(others) + 2) * (self.form.tables[0].numel() + 60 * (now + 2) * (now + 8))
 
@@ -58,7 +66,7 @@ class Chain:
                 return _raised(self[part], now, [start[part] for start in others])
 
             pieces = in_parts(raised, self.norm.taps, size)
-            self.found.append((torch.cat([p for p, _ in pieces]), torch.cat([c for _, c in pieces])))
+            self.found[now] = (torch.cat([p for p, _ in pieces]), torch.cat([c for _, c in pieces]))
         return self.found[order]
 
 
@@ -72,7 +80,7 @@ def chain(norm: Norm) -> Chain:
     forms, grids = zip(*in_parts(begun, norm.taps, 8 * (32 * norm.length + 80000)), strict=True)
     form = _joined(forms)
     none = torch.zeros(len(norm.taps), 0, dtype=torch.complex128, device=norm.taps.device)
-    return Chain(norm, form, _joined(grids), [(none, form.energy)])
+    return Chain(norm, form, _joined(grids), {0: (none, form.energy)})
 
 
 def _joined(pieces: Sequence[Any]) -> Any:
@@ -87,13 +95,26 @@ def _joined(pieces: Sequence[Any]) -> Any:
 
 def _raised(below: Chain, order: int, starts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The best refined poles of an order and their cost."""
-    form, points = below.form, below.points
-    starts = [*starts, grown(below.found[-1][0], order - 1, form, points, pair=False)]
-    if order > 1:
-        starts.append(grown(below.found[-2][0], order - 2, form, points, pair=True))
+    form, rungs = below.form, rungs_below(order)
+    first = rungs[-1]
+    starts = [*starts, _grown(below, first, order, real_first=False)]
+    if order - first > 1:
+        starts.append(_grown(below, first, order, real_first=True))
+    elif order > 1:
+        starts.append(_grown(below, rungs[-2], order, real_first=False))
     enough = min(1e-4, 10.0 ** min(order - 7, 0))  # gain of the last step: low orders are cheap and go on
     count, filters = len(starts), torch.arange(len(form.energy), device=form.energy.device)
     tried, cost = refine(torch.cat(starts), form[filters.repeat(count)], order, _TRIED, enough)
     best = tried.unflatten(0, (count, -1))[cost.unflatten(0, (count, -1)).argmin(0), filters]
     poles, cost = refine(best, form, order, enough=enough)
     return stabilise(poles, radius_limit(below.norm.length), below.norm.head), cost
+
+
+def _grown(below: Chain, start: int, order: int, real_first: bool) -> Tensor:
+    """Poles of an order from those of a rung: a pair that helps most as long as two are missing, then a real one."""
+    poles = below.found[start][0]
+    while start < order:
+        pair = order - start > 1 and not real_first
+        poles = grown(poles, start, below.form, below.points, pair)
+        start, real_first = start + 1 + pair, False
+    return poles

@@ -26,7 +26,7 @@ def distill_filters(
     order: int | None = None,
     tol: float | None = None,
     weights: Any = None,
-    method: str = "auto",
+    method: str = "varpro",
     head: int = 1,
 ) -> Reduction:
     """Reduce filters to modal systems of an order, or each to the smallest order whose error is within `tol`.
@@ -36,7 +36,7 @@ def distill_filters(
     tol: allowed error ‖h − ĥ‖ / ‖h‖ of each filter
     weights: power spectra of what the filters hear, [..., bins] from frequency 0 to π, one for all or one for each
         filter: errors then count as loudly as they are heard
-    method: a name in `lhcompile.distill.METHODS`; "auto" is "varpro" up to order 16 and "hankel" above
+    method: a name in `lhcompile.distill.METHODS`
     head: how many of the first taps are kept exactly beside the system; 1 is its direct term
 
     Returns a Reduction: its `system`, the `error` of each filter and the `bound` no system of that order goes below,

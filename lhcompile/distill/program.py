@@ -118,7 +118,8 @@ def _within_budget(
         found, trials = search(bank, config, float(reference.mean()), sensitivity, sharing, measured, say)
         return found.reduction(bank), found.states(sharing) + kept, found.price, trials
 
-    best, price, trials = None, config.rise * float(reference.mean() / sharing.sum()), ()
+    best, price = None, config.rise * float(reference.mean() / sharing.sum())
+    trials: tuple[Trial, ...] = ()
     try:
         best = searched(bank)
         _, _, price, trials = best

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lhcompile.distill.aaa import interpolate
 from lhcompile.distill.balanced import EXTENDED
-from lhcompile.distill.chain import Chain, chain
+from lhcompile.distill.chain import Chain, chain, rungs_below
 from lhcompile.distill.gradient import descend
 from lhcompile.distill.hankel import EVEN, LEVEL, HankelFactors, Window, factor, order_limit
 from lhcompile.distill.modal import dominant
@@ -30,7 +30,6 @@ from lhcompile.ssm import ModalSSM
 __all__ = ["METHODS", "Reducer", "Reduction", "checked", "factorize", "reduce", "select"]
 
 DEFAULT_METHOD = "varpro"
-_REFINED = 16  # largest order that "auto" refines
 _RANKS = (8, 16, 32, 64, 128, 256, 512)  # of Hankel factors: a small rank costs little
 METHODS: dict[str, Callable[[Reducer, int], tuple[ModalSSM, Tensor]]] = {}
 
@@ -132,18 +131,18 @@ def _hankel(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
 
 
 def _varpro(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
-    """The refined system, never worse than Kung's realization nor than the refined system one order below.
+    """The refined system, never worse than Kung's realization nor than the refined system of the rung below.
 
-    Where the closed form of `distill.chain` leaves a doubt, those two are fitted too and the smallest error of the taps
-    decides: where Kung's poles are no start for it, errors come near its rounding, the last order gained nothing, or
-    the fit avoids residues of the size it takes.
+    Where the closed form of `distill.chain` leaves a doubt, Kung's and that of one order less are fitted too and the
+    smallest error of the taps decides: where Kung's poles are no start for it, errors come near its rounding, the last
+    rung gained nothing, or the fit avoids residues of the size it takes.
     """
     norm = reducer.norm
     if order == 0 or norm.length - norm.head < 2:
         return _hankel(reducer, order)
     poles, cost = reducer.chain().poles(order, lambda d: [reducer.factors(w, d).poles(d) for w in (EVEN, LEVEL)])
     best = fit_residues(poles, norm)
-    _, below = reducer.chain().found[order - 1]
+    _, below = reducer.chain().found[rungs_below(order)[-1]]
     whole = norm.size(norm.taps).square()
     reached = best[1].square() * whole
     hidden = beyond(reducer.factors(EVEN, order).poles(order), norm.length - norm.head)
@@ -203,12 +202,7 @@ def _gradient_h2(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
     return descend(reducer.norm, order, tail=True)
 
 
-def _auto(reducer: Reducer, order: int) -> tuple[ModalSSM, Tensor]:
-    """Variable projection where it takes milliseconds a filter, Kung's realization above: tolerances climb quickly."""
-    return (_varpro if order <= _REFINED else _hankel)(reducer, order)
-
-
-METHODS.update(auto=_auto, hankel=_hankel, varpro=_varpro, balanced=_balanced, modal=_modal, aaa=_aaa)
+METHODS.update(hankel=_hankel, varpro=_varpro, balanced=_balanced, modal=_modal, aaa=_aaa)
 METHODS.update({"gradient": _gradient, "gradient-h2": _gradient_h2})
 
 
@@ -250,18 +244,12 @@ def reduce(
     return replace(result, seconds=time.perf_counter() - started)
 
 
-def _ladder(largest: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, 24, … up to the largest, which is the last."""
-    steps = sorted({s for k in range(largest.bit_length()) for s in (1 << k, 3 << k)})
-    return [s for s in steps if s < largest] + [largest]
-
-
 def _within(taps: Tensor, order: int | None, tol: float, weights: Tensor | None, method: str, head: int) -> Reduction:
     """The smallest order of the ladder for each filter; ranks grow only for the filters that need them."""
     filters, length = checked(taps).shape
     limit = order_limit(max(length - head + 1, 1))
     largest = limit if order is None else min(order, limit)
-    ladder = _ladder(largest) if largest else [0]
+    ladder = [*rungs_below(largest)[1:], largest]
     own = None if weights is None else weights.expand(filters, -1)
     open_ = torch.arange(filters, device=taps.device)
     choice = torch.full((filters,), -1, device=taps.device)

@@ -36,7 +36,7 @@ def test_a_bank_of_filters(taps: Path, tmp_path: Path) -> None:
     below = f"mean {float(expected.bound.mean()):.3g}, which no systems of these orders go below"
     assert rows["bound"] == f"{below}; the error is {ratio:.3g} times that"
     assert re.fullmatch(r"largest modulus 0\.\d+: stable", rows["poles"])
-    assert re.fullmatch(r"\d+\.\d\d s, auto", rows["time"])
+    assert re.fullmatch(r"\d+\.\d\d s, varpro", rows["time"])
     assert rows["written to"] == str(tmp_path / "systems.npz")
     assert "radius" not in outcome.out  # more than 16 filters are not listed
     with np.load(tmp_path / "systems.npz") as stored:
@@ -68,7 +68,7 @@ def test_one_filter_heard_through_a_spectrum(taps: Path, tmp_path: Path) -> None
     outcome = done("distill", taps, "--order", 2, "--weights", tmp_path / "heard.npy", "--json")
     found = json.loads(outcome.out)
     expected = lhcompile.distill(np.load(taps), order=2, weights=np.load(tmp_path / "heard.npy"))
-    assert (found["filters"], found["length"], found["norm"], found["method"]) == (1, 96, "heard", "auto")
+    assert (found["filters"], found["length"], found["norm"], found["method"]) == (1, 96, "heard", "varpro")
     assert found["each"][0]["order"] == found["order_largest"] == 2
     assert found["error_mean"] == pytest.approx(float(expected.error), rel=1e-4)
     assert found["each"][0]["radius"] == found["radius"] < 1
@@ -129,7 +129,7 @@ BAD: dict[str, np.ndarray] = {
         (["taps", "--tol", 1e-9, "--method", "hankel"], r"tolerance 1e-09 is out of reach for \d+ of 20 filters: "
          r"filter \d+ has error \d\S+ at order 47"),
         (["taps", "--tol", -1], "tolerance -1 is not positive"),
-        (["taps", "--order", 2, "--method", "magic"], "no distillation method 'magic'; there are auto, hankel, "),
+        (["taps", "--order", 2, "--method", "magic"], "no distillation method 'magic'; there are hankel, varpro, "),
         (["taps", "--order", 2, "--weights", "spectra"], r"weights \(7, 5\) are not a power spectrum"),
         (["taps", "--order", 2, "--weights", "negative"], "the weights of filter 0 are not a finite power spectrum"),
         (["taps", "--order", 2, "--weights", "none"], r"cannot read .*none\.npy: No such file"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from lhcompile.distill import METHODS, reduce
 from lhcompile.distill.norm import tap_norm
 
-FAST = [method for method in METHODS if method != "auto" and not method.startswith("gradient")]
+FAST = [method for method in METHODS if not method.startswith("gradient")]
 
 
 @st.composite

@@ -20,7 +20,7 @@ def test_the_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"distill.json", "distill.md", "distill.svg"}
     found = json.loads((tmp_path / "distill.json").read_text())
-    fast = {method for method in METHODS if not method.startswith("gradient")} - {"auto"}
+    fast = {method for method in METHODS if not method.startswith("gradient")}
     assert {row["method"] for row in found["planted"]} == {row["method"] for row in found["cost"]} == fast
     exact = [row for row in found["planted"] if row["method"] == "varpro" and row["noise"] == 0]
     assert len(exact) == 2
