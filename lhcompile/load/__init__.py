@@ -45,13 +45,14 @@ def load(
 
 def _load_family(path: Path, config: Path | None, context: int | None) -> LoadedModel:
     from lhcompile.load.checkpoint import SUFFIXES, read_checkpoint
-    from lhcompile.load.safari_checkpoint import load_safari, looks_like_safari
+    from lhcompile.load.families import FAMILIES
 
     if path.is_file() and path.suffix not in SUFFIXES:
         raise CheckpointError(f"{path}: not a checkpoint: the name ends in none of {', '.join(SUFFIXES)}, .pt2")
     found = read_checkpoint(path)
-    if looks_like_safari(found):
-        return load_safari(found, config, context)
+    for family in FAMILIES:
+        if family.recognizes(found):
+            return family.load(found, config, context)
     first = next(iter(found.tensors))
     raise CheckpointError(
         f"{path}: the keys ({first!r}, …) are of no known family; give package.module:factory and --checkpoint"

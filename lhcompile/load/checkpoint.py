@@ -12,7 +12,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,15 @@ DAMAGE = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """tensors: by key, as stored; notes: what else was in the file and is not used."""
+    """tensors: by key, as stored; notes: what else was in the file and is not used.
+
+    config: the options that lay beside the weights in a folder (config.json), empty for a file alone
+    """
 
     path: Path
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -157,7 +161,7 @@ def without_prefix(checkpoint: Checkpoint, known: Collection[str]) -> Checkpoint
         if not tensors.keys().isdisjoint(known):
             left = sorted(k for k in checkpoint.tensors if not k.startswith(prefix))
             notes = (f"skipped keys outside {prefix!r}: {', '.join(left)}",) if left else ()
-            return Checkpoint(checkpoint.path, tensors, checkpoint.notes + notes)
+            return replace(checkpoint, tensors=tensors, notes=checkpoint.notes + notes)
     return checkpoint
 
 
