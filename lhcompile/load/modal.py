@@ -1,0 +1,41 @@
+"""Convolutions that a checkpoint holds as modal systems already: run as such, never fitted.
+
+Families write their kernels as h_t = Re Σ_k R_k p_k^t (+ D at t = 0), with complex poles p and no conjugates, or with
+real poles alone. `lhcompile.ssm` has the real form that lhc::modal_ssm takes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lhcompile import ops  # noqa: F401  (registers lhc::)
+
+__all__ = ["complex_modes", "real_modes"]
+
+
+def complex_modes(u: Tensor, poles: Tensor, residues: Tensor, direct: Tensor) -> Tensor:
+    """y = h * u with h_t = Re Σ_k R_k p_k^t + D δ_t.
+
+    u: [batch, time, channels]; poles, residues: complex [channels, modes], |p| < 1; direct: [channels] → like u
+
+    Tables are made in float64 and rounded once. The pair (p, p̄) with residues (R/2, R̄/2) is the real system of two
+    states of `lhcompile.ssm`.
+    """
+    p, r = poles.to(torch.complex128).T, residues.to(torch.complex128).T
+    turned = r / (1 + 1j)
+    none = torch.zeros_like(p.real)
+    own, other = torch.cat([p.real, p.real]), torch.cat([none - p.imag, p.imag])
+    return _run(u, own, other, torch.cat([turned.real, none - turned.imag]), direct)
+
+
+def real_modes(u: Tensor, poles: Tensor, residues: Tensor, direct: Tensor) -> Tensor:
+    """The same with real poles and residues [channels, modes]."""
+    own = poles.double().T
+    return _run(u, own, torch.zeros_like(own), residues.double().T, direct)
+
+
+def _run(u: Tensor, own: Tensor, other: Tensor, readout: Tensor, direct: Tensor) -> Tensor:
+    tables = (table.float().contiguous() for table in (own, other, readout, direct.double()))
+    y, _ = torch.ops.lhc.modal_ssm(u, *tables, None, None, 1)
+    return y
