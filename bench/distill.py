@@ -1,12 +1,13 @@
 """Distillation methods side by side: error against order against time, and what the example model makes of it.
 
     python -m bench.distill --out docs/bench      writes distill.json, and distill.md and distill.svg made from it
-    python -m bench.distill --parts planted       prints a part only: filters, planted, cost, model
+    python -m bench.distill --parts planted       prints a part only: filters, planted, cost, scale, model
     python -m bench.distill --quick               everything, so small that it only shows that it works
 
 filters: every method on a sample of the example's trained filters, in the plain norm and weighted by what they hear
-planted: random systems of order 8, well separated or clustered, moduli up to 0.9995, without and with noise
+planted: random systems of order 8 and 32, well separated or clustered, moduli up to 0.9995, without and with noise
 cost:    seconds against length and against number of filters; a curve ends where the next point would take long
+scale:   seconds and peak memory of 2048 filters, of 1 000 002 taps, and of 49 152 filters where there is a GPU
 model:   held-out loss of the example with the same order everywhere, and with the orders its budget allows
 """
 
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -98,12 +100,14 @@ def filters(quick: bool) -> list[Row]:
     """Errors on the example's filters; see the module's text."""
     convolutions, heard = trained()
     sample = torch.linspace(0, len(convolutions.taps) - 1, 4 if quick else SAMPLE).round().long()
+    layer = torch.arange(len(convolutions.counts)).repeat_interleave(torch.tensor(convolutions.counts))[sample]
     rows = []
     for norm, weights in (("l2", None), ("heard", heard[sample])):
         for method in METHODS:
             for order in _orders(method, norm, quick):
                 result = reduce(convolutions.taps[sample], order, weights=weights, method=method)
                 row = {"norm": norm, "method": method, "order": order, "filters": len(sample), **_figures(result)}
+                row["layers"] = [float(result.error[layer == each].mean()) for each in layer.unique()]
                 rows.append(_said(row | {"milliseconds": 1e3 * result.seconds / len(sample)}))
     return rows
 
@@ -121,13 +125,14 @@ def recovery(quick: bool) -> list[Row]:
     rows = []
     for kind, spread in (("separated", 1.0), ("clustered", 0.03)):
         for noise in (0.0, 1e-3):
-            clean, taps = planted(2 if quick else PLANTED, 256 if quick else 1024, 8, noise, spread)
-            for method in (m for m in METHODS if m not in SLOW or (noise and not quick)):
-                result = reduce(taps, 8, method=method)
-                missed = (result.taps(clean.shape[1]) - clean).norm(dim=-1)
-                row = {"kind": kind, "noise": noise, "method": method, **_figures(result)}
-                row |= {"missed_mean": float(missed.mean()), "milliseconds": 1e3 * result.seconds / len(taps)}
-                rows.append(_said(row))
+            for order in (8,) if quick else (8, 32):
+                clean, taps = planted(2 if quick else PLANTED, 256 if quick else 1024, order, noise, spread)
+                for method in (m for m in METHODS if m not in SLOW or (noise and order == 8 and not quick)):
+                    result = reduce(taps, order, method=method)
+                    missed = (result.taps(clean.shape[1]) - clean).norm(dim=-1)
+                    row = {"kind": kind, "noise": noise, "order": order, "method": method, **_figures(result)}
+                    row |= {"missed_mean": float(missed.mean()), "milliseconds": 1e3 * result.seconds / len(taps)}
+                    rows.append(_said(row))
     return rows
 
 
@@ -151,6 +156,50 @@ def cost(quick: bool) -> list[Row]:
                     seconds = min(seconds, *(reduce(taps, 4, method=method).seconds for _ in range(2)))
                 rows.append(_said({"what": what, "size": size, "method": method, "seconds": seconds}))
     return rows
+
+
+def scale(quick: bool) -> list[Row]:
+    """Seconds and peak memory of a model's filters and of the longest there are; see the module's text."""
+    cpu = [(64, 256)] if quick else [(1, 1_000_002), (2048, 1024)]
+    gpu = [(49_152, 2048)] if torch.cuda.is_available() and not quick else []
+    rows = []
+    for device, sizes in (("cpu", cpu), ("cuda", gpu)):
+        for filters, length in sizes:
+            taps = implicit(filters, length, device)
+            weights = 1 / (1e-3 + torch.linspace(0, 1, min(length, 4096) + 1, device=device).double().square())
+            for method, order in (("hankel", 8), ("varpro", 4), ("varpro", 8)):
+                if device == "cuda":
+                    reduce(taps[:64], order, weights=weights.expand(64, -1), method=method)  # its kernels are loaded
+                    torch.cuda.reset_peak_memory_stats()
+                before = _peak(device)
+                result = reduce(taps, order, weights=weights.expand(filters, -1), method=method)
+                row = {"device": device, "filters": filters, "length": length, "method": method, "order": order}
+                row |= {"seconds": result.seconds, "gib": _peak(device) - before, "threads": torch.get_num_threads()}
+                rows.append(_said(row | {"error_mean": float(result.error.mean())}))
+    return rows
+
+
+def implicit(filters: int, length: int, device: str) -> Tensor:
+    """Taps such as implicit filters have: decays of 12 rates times waves, with a little decaying noise."""
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def draw(kind: Callable[..., Tensor], columns: int = 1) -> Tensor:
+        return kind(filters, columns, generator=generator, device=device, dtype=torch.float64)
+
+    time = torch.arange(length, device=device, dtype=torch.float64)
+    taps = 0.1 * draw(torch.randn, length) * torch.exp(-3 * time / length)
+    for _ in range(12):
+        rate, wave, size = length ** -draw(torch.rand), 3.1 * draw(torch.rand).square(), draw(torch.randn)
+        taps += size * torch.exp(-rate * time) * torch.cos(wave * time + 6 * size)
+    return taps
+
+
+def _peak(device: str) -> float:
+    """Most memory used so far, GiB: by the process, or since the last reset on the accelerator."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def model(quick: bool) -> list[Row]:
@@ -190,33 +239,33 @@ def _figures(result: Reduction) -> Row:
 
 
 def _said(row: Row) -> Row:
-    print(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()), flush=True)
+    shown = [value for value in row.values() if not isinstance(value, list)]
+    print(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown), flush=True)
     return row
 
 
-PARTS = {"filters": filters, "planted": recovery, "cost": cost, "model": model}
+PARTS = {"filters": filters, "planted": recovery, "cost": cost, "scale": scale, "model": model}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="small samples, to see that it works")
-    parser.add_argument("--out", type=Path, help="folder for distill.json, distill.md and distill.svg")
+    parser.add_argument("--out", type=Path, help="folder for distill.json, .md and .svg; other parts there are kept")
     options = parser.parse_args()
     reduce(planted(4, 256, 4, 1e-3)[1], 4)  # what only the first call pays is not measured
-    result: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "bench.distill", *sys.argv[1:]]),
-        "machine": describe(),
-    }
-    result |= {part: PARTS[part](options.quick) for part in options.parts}
+    path = None if options.out is None else options.out / "distill.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    made = {"command": shlex.join(["python", "-m", "bench.distill", *sys.argv[1:]]), "machine": describe()}
+    result |= {part: {**made, "rows": PARTS[part](options.quick)} for part in options.parts}
     text = tables(result)
     print(text)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "distill.json").write_text(json.dumps(result, indent=1) + "\n")
-        (options.out / "distill.md").write_text(text + "\n")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.with_suffix(".md").write_text(text + "\n")
         if PLOTTED & result.keys():
-            (options.out / "distill.svg").write_text(picture(result))
+            path.with_suffix(".svg").write_text(picture(result))
 
 
 if __name__ == "__main__":

@@ -30,17 +30,20 @@ Row = dict[str, Any]
 
 def tables(result: dict[str, Any]) -> str:
     """Markdown of every part that was run."""
-    machine = result["machine"]
-    torch = machine["versions"]["torch"]
-    parts = [
-        f"Made by `{result['command']}` on {machine['processor']}, {machine['cores']} cores, torch {torch}. Errors are "
-        "relative; a bound is what no system of that order goes below. Times include the bound."
-    ]
-    makers = {"filters": _filters, "planted": _planted, "cost": _cost, "model": _model}
-    parts += [make(result[part]) for part, make in makers.items() if part in result]
+    makers = {"filters": _filters, "planted": _planted, "cost": _cost, "scale": _scale, "model": _model}
+    out = ["# Distillation", "Errors are relative; a bound is what no system of that order goes below."]
     if PLOTTED & result.keys():
-        parts.insert(1, "![error and time of the methods](distill.svg)")
-    return "\n\n".join(parts)
+        out.append("![error and time of the methods](distill.svg)")
+    for part, make in makers.items():
+        if part in result:
+            out += [make(result[part]["rows"]), _made(result[part])]
+    return "\n\n".join(out)
+
+
+def _made(part: dict[str, Any]) -> str:
+    machine = part["machine"]
+    torch = machine["versions"]["torch"]
+    return f"Made by `{part['command']}` on {machine['processor']}, {machine['cores']} cores, torch {torch}."
 
 
 def _filters(rows: list[Row]) -> str:
@@ -54,15 +57,22 @@ def _filters(rows: list[Row]) -> str:
         out += [f"**Mean error, {title}**", _by_method(mine, "error_mean", ".4f", [("bound", bounds)])]
         out += [f"**Largest error, {title}**", _by_method(mine, "error_worst", ".3f")]
         out += [f"**Milliseconds a filter, {title}**", _by_method(mine, "milliseconds", ".2f")]
-    slow = [row for row in rows if row["method"].startswith("gradient")]
-    quick = {row["order"]: row for row in rows if row["method"] == "varpro" and row["norm"] == "l2"}
-    body = [
-        [row["method"], row["order"]]
-        + [f"{row[name] / quick[row['order']][name]:.2f}" for name in ("error_mean", "milliseconds")]
-        for row in slow
-    ]
-    heads = ["method", "order", "error ÷ varpro's", "time ÷ varpro's"]
-    return "\n\n".join([*out, "**Gradient descent against variable projection**", _table(heads, body)])
+    return "\n\n".join([*out, "**Against gradient descent**", _against_gradient(rows)])
+
+
+def _against_gradient(rows: list[Row]) -> str:
+    """Errors and times of hankel and varpro as shares of gradient descent's, at equal order."""
+    plain = {(row["method"], row["order"]): row for row in rows if row["norm"] == "l2"}
+    body = []
+    for (slow, order), other in plain.items():
+        for quick in ("hankel", "varpro") if slow.startswith("gradient") else ():
+            mine = plain[quick, order]
+            layers = [a / b for a, b in zip(mine["layers"], other["layers"], strict=True)]
+            ratio = mine["error_mean"] / other["error_mean"]
+            faster = other["milliseconds"] / mine["milliseconds"]
+            body.append([quick, slow, order, f"{ratio:.3f}", f"{max(layers):.3f}", f"{faster:.0f}"])
+    heads = ["method", "against", "order", "mean error ÷", "worst layer's mean ÷", "times as fast"]
+    return _table(heads, body)
 
 
 def _by_method(rows: list[Row], figure: str, form: str, more: Sequence[tuple[str, dict[int, str]]] = ()) -> str:
@@ -77,14 +87,14 @@ def _by_method(rows: list[Row], figure: str, form: str, more: Sequence[tuple[str
 
 def _planted(rows: list[Row]) -> str:
     body = [
-        [row["kind"], f"{row['noise']:g}", row["method"]]
+        [row["kind"], f"{row['noise']:g}", row["order"], row["method"]]
         + [f"{row[name]:.2e}" for name in ("error_mean", "error_worst", "missed_mean")]
         + [f"{row['milliseconds']:.2f}"]
         for row in rows
     ]
-    heads = ["poles", "noise", "method", "mean error", "worst", "mean error of the noiseless taps", "ms a filter"]
+    heads = ["poles", "noise", "order", "method", "mean error", "worst", "error of the noiseless taps", "ms a filter"]
     text = (
-        "Random systems of order 8 reduced to order 8, 1024 taps, moduli up to 0.9995; clustered: angles within 0.1 of "
+        "Random systems reduced to their own order, 1024 taps, moduli up to 0.9995; clustered: angles within 0.1 of "
         "each other. Noise is white, of this norm relative to the taps'."
     )
     return f"## Planted systems\n\n{text}\n\n{_table(heads, body)}"
@@ -106,6 +116,20 @@ def _cost(rows: list[Row]) -> str:
         ]
         out += [f"**{title[0].upper()}{title[1:]}**", _table(["method", *map(str, sizes)], body)]
     return "\n\n".join(out)
+
+
+def _scale(rows: list[Row]) -> str:
+    body = [
+        [row[name] for name in ("device", "filters", "length", "method", "order")]
+        + [f"{row['seconds']:.1f}", f"{row['gib']:.2f}", f"{row['error_mean']:.4f}"]
+        for row in rows
+    ]
+    text = (
+        f"Made-up implicit filters, weighted, {rows[0]['threads']} threads on a CPU. Memory is the peak above the "
+        "taps: on a CPU, what the process grew by beyond the peak of the rows above."
+    )
+    heads = ["on", "filters", "taps", "method", "order", "seconds", "GiB", "mean error"]
+    return f"## Scale\n\n{text}\n\n{_table(heads, body)}"
 
 
 def _model(rows: list[Row]) -> str:
@@ -136,10 +160,10 @@ def picture(result: dict[str, Any]) -> str:
     """An SVG of up to four plots: error by order, error by time, time by length, time by number of filters."""
     plots = []
     if "filters" in result:
-        rows = [row for row in result["filters"] if row["norm"] == "l2"]
+        rows = [row for row in result["filters"]["rows"] if row["norm"] == "l2"]
         plots += [(_error_by_order, rows), (_error_by_time, rows)]
     if "cost" in result:
-        plots += [(_by_length, result["cost"]), (_by_count, result["cost"])]
+        plots += [(draw, result["cost"]["rows"]) for draw in (_by_length, _by_count)]
     with matplotlib.rc_context({"svg.hashsalt": "lhcompile", "svg.fonttype": "none", "font.size": 8.5}):
         figure = Figure(figsize=(9, 3.4 * max(1, (len(plots) + 1) // 2)), layout="constrained")
         FigureCanvasSVG(figure)
