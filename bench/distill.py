@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -256,8 +254,9 @@ def main() -> None:
     reduce(planted(4, 256, 4, 1e-3)[1], 4)  # what only the first call pays is not measured
     path = None if options.out is None else options.out / "distill.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
-    made = {"command": shlex.join(["python", "-m", "bench.distill", *sys.argv[1:]]), "machine": describe()}
-    result |= {part: {**made, "rows": PARTS[part](options.quick)} for part in options.parts}
+    for part in options.parts:
+        command = f"python -m bench.distill --parts {part}" + " --quick" * options.quick
+        result[part] = {"command": command, "machine": describe(), "rows": PARTS[part](options.quick)}
     text = tables(result)
     print(text)
     if path is not None:
