@@ -1,14 +1,16 @@
 """Distillation methods side by side: error against order against time, and what the example model makes of it.
 
     python -m bench.distill --out docs/bench      writes distill.json, and distill.md and distill.svg made from it
-    python -m bench.distill --parts planted       prints a part only: filters, planted, cost, scale, model
+    python -m bench.distill --parts planted       prints a part only: filters, patience, starts, planted, …
     python -m bench.distill --quick               everything, so small that it only shows that it works
 
-filters: every method on a sample of the example's trained filters, in the plain norm and weighted by what they hear
-planted: random systems of order 8 and 32, well separated or clustered, moduli up to 0.9995, without and with noise
-cost:    seconds against length and against number of filters; a curve ends where the next point would take long
-scale:   seconds and peak memory of 2048 filters, of 1 000 002 taps, and of 49 152 filters where there is a GPU
-model:   held-out loss of the example with the same order everywhere, and with the orders its budget allows
+filters:  every method on a sample of the example's trained filters, in the plain norm and weighted by what they hear
+patience: gradient descent with fifteen times its steps, against the default method
+starts:   the default method against the best of 60 refined starts, random or near what it found
+planted:  random systems of order 8 and 32, well separated or clustered, moduli up to 0.9995, without and with noise
+cost:     seconds against length and against number of filters; a curve ends where the next point would take long
+scale:    seconds and peak memory of 2048 filters, of 1 000 002 taps, and of 49 152 filters where there is a GPU
+model:    held-out loss of the example with the same order everywhere, and with the orders its budget allows
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -32,9 +35,12 @@ from lhcompile.capture import capture
 from lhcompile.config import CalibrationConfig, DistillConfig
 from lhcompile.distill import METHODS, Reduction, distill, reduce
 from lhcompile.distill.bank import Bank
+from lhcompile.distill.closed import closed
 from lhcompile.distill.convolutions import Convolutions
+from lhcompile.distill.gradient import descend
 from lhcompile.distill.norm import tap_norm
-from lhcompile.distill.spectrum import fit_residues
+from lhcompile.distill.spectrum import fit_residues, radius_limit, stabilise
+from lhcompile.distill.varpro import refine, to_poles, to_theta
 from lhcompile.load import load
 from lhcompile.measure import loss
 from lhcompile.recognize import recognize
@@ -43,8 +49,8 @@ from lhcompile.ssm import ModalSSM
 EXAMPLE = Path(__file__).parents[1] / "examples/pysource"
 SLOW = ("gradient", "gradient-h2")
 """Methods that are run at fewer orders, not in the weighted norm, and not on planted systems without noise."""
-SAMPLE, PLANTED = 64, 16
-"""Filters of the example, spread evenly over its layers, and planted systems of each kind."""
+SAMPLE, SEARCHED, PATIENT, PLANTED = 64, 50, 12, 16
+"""Filters of the example, spread over its layers: for filters, starts, patience; planted systems of each kind."""
 LIMIT = 10.0
 """Seconds that the next point of a cost curve may take, judged by how the last two grew."""
 Row = dict[str, Any]
@@ -107,6 +113,46 @@ def filters(quick: bool) -> list[Row]:
                 row = {"norm": norm, "method": method, "order": order, "filters": len(sample), **_figures(result)}
                 row["layers"] = [float(result.error[layer == each].mean()) for each in layer.unique()]
                 rows.append(_said(row | {"milliseconds": 1e3 * result.seconds / len(sample)}))
+    return rows
+
+
+def patience(quick: bool) -> list[Row]:
+    """Gradient descent with fifteen times its steps against the default method; see the module's text."""
+    convolutions, _ = trained()
+    sample = torch.linspace(0, len(convolutions.taps) - 1, 2 if quick else PATIENT).round().long()
+    norm = tap_norm(convolutions.taps[sample], None)
+    rows = []
+    for order in (2,) if quick else (2, 4, 8):
+        ours = reduce(norm.taps, order)
+        started = time.perf_counter()
+        _, errors = descend(norm, order, steps=300 if quick else 45_000)
+        seconds = time.perf_counter() - started
+        row = {"order": order, "filters": len(sample), "error": float(errors.mean()), "seconds": seconds}
+        row |= {"default_error": float(ours.error.mean()), "default_seconds": ours.seconds}
+        rows.append(_said(row | {"reached": int((errors <= 1.01 * ours.error).sum())}))
+    return rows
+
+
+def starts(quick: bool) -> list[Row]:
+    """The default method against the best local optimum from many starts; see the module's text."""
+    convolutions, _ = trained()
+    sample = torch.linspace(0, len(convolutions.taps) - 1, 2 if quick else SEARCHED).round().long()
+    norm = tap_norm(convolutions.taps[sample], None)
+    form, rows = closed(norm), []
+    for order in (2,) if quick else (2, 4, 6, 8):
+        found = reduce(norm.taps, order)
+        least = torch.full((len(sample),), torch.inf, dtype=torch.float64)
+        for seed in range(4 if quick else 60):
+            shake = torch.randn(len(sample), order // 2, 2, generator=torch.Generator().manual_seed(seed)).double()
+            if seed % 3:  # near what was found, and farther
+                poles = to_poles(to_theta(found.system.poles) + (0.3, 1.0)[seed % 2] * shake)
+            else:  # anywhere
+                poles = to_poles(shake * torch.tensor([1.5, 3.0]) + torch.tensor([0.0, 2.0]))
+            best = stabilise(refine(poles, form, order)[0], radius_limit(norm.length))
+            least = torch.minimum(least, fit_residues(best, norm)[1])
+        ratio = found.error / least
+        row = {"order": order, "filters": len(sample), "mean": float(ratio.mean()), "worst": float(ratio.max())}
+        rows.append(_said(row))
     return rows
 
 
@@ -184,11 +230,11 @@ def implicit(filters: int, length: int, device: str) -> Tensor:
     def draw(kind: Callable[..., Tensor], columns: int = 1) -> Tensor:
         return kind(filters, columns, generator=generator, device=device, dtype=torch.float64)
 
-    time = torch.arange(length, device=device, dtype=torch.float64)
-    taps = 0.1 * draw(torch.randn, length) * torch.exp(-3 * time / length)
+    lag = torch.arange(length, device=device, dtype=torch.float64)
+    taps = 0.1 * draw(torch.randn, length) * torch.exp(-3 * lag / length)
     for _ in range(12):
         rate, wave, size = length ** -draw(torch.rand), 3.1 * draw(torch.rand).square(), draw(torch.randn)
-        taps += size * torch.exp(-rate * time) * torch.cos(wave * time + 6 * size)
+        taps += size * torch.exp(-rate * lag) * torch.cos(wave * lag + 6 * size)
     return taps
 
 
@@ -242,7 +288,15 @@ def _said(row: Row) -> Row:
     return row
 
 
-PARTS = {"filters": filters, "planted": recovery, "cost": cost, "scale": scale, "model": model}
+PARTS = {
+    "filters": filters,
+    "patience": patience,
+    "starts": starts,
+    "planted": recovery,
+    "cost": cost,
+    "scale": scale,
+    "model": model,
+}
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -30,7 +30,15 @@ Row = dict[str, Any]
 
 def tables(result: dict[str, Any]) -> str:
     """Markdown of every part that was run."""
-    makers = {"filters": _filters, "planted": _planted, "cost": _cost, "scale": _scale, "model": _model}
+    makers: dict[str, Callable[[list[Row]], str]] = {
+        "filters": _filters,
+        "patience": _patience,
+        "starts": _starts,
+        "planted": _planted,
+        "cost": _cost,
+        "scale": _scale,
+        "model": _model,
+    }
     out = ["# Distillation", "Errors are relative; a bound is what no system of that order goes below."]
     if PLOTTED & result.keys():
         out.append("![error and time of the methods](distill.svg)")
@@ -73,6 +81,28 @@ def _against_gradient(rows: list[Row]) -> str:
             body.append([quick, slow, order, f"{ratio:.3f}", f"{max(layers):.3f}", f"{faster:.0f}"])
     heads = ["method", "against", "order", "mean error ÷", "worst layer's mean ÷", "times as fast"]
     return _table(heads, body)
+
+
+def _patience(rows: list[Row]) -> str:
+    body = [
+        (
+            row["order"],
+            f"{row['error']:.4f}",
+            f"{row['default_error']:.4f}",
+            f"{row['reached']} of {row['filters']}",
+            f"{row['seconds'] / row['default_seconds']:.0f}",
+        )
+        for row in rows
+    ]
+    heads = ["order", "mean error", "default's", "filters within 1 % of the default's", "times the default's time"]
+    text = f"{rows[0]['filters']} of the filters, 45 000 steps of gradient descent each."
+    return f"## Gradient descent with patience\n\n{text}\n\n{_table(heads, body)}"
+
+
+def _starts(rows: list[Row]) -> str:
+    body = [[row["order"], f"{row['mean']:.4f}", f"{row['worst']:.4f}"] for row in rows]
+    text = f"{rows[0]['filters']} of the filters: the default's error as a multiple of the least that 60 starts end at."
+    return f"## Many starts\n\n{text}\n\n{_table(['order', 'mean', 'worst'], body)}"
 
 
 def _by_method(rows: list[Row], figure: str, form: str, more: Sequence[tuple[str, dict[int, str]]] = ()) -> str:
