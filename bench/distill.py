@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bench.distill_report import PLOTTED, picture, tables
 from bench.machine import describe
-from lhcompile.artifacts import LoadedModel, Program, Tokens
+from lhcompile.artifacts import LoadedModel, Program, Sequences
 from lhcompile.calibrate import calibrate
 from lhcompile.capture import capture
 from lhcompile.config import CalibrationConfig, DistillConfig
@@ -60,7 +60,7 @@ Row = dict[str, Any]
 
 
 @cache
-def example() -> tuple[LoadedModel, Program, Tokens]:
+def example() -> tuple[LoadedModel, Program, Sequences]:
     """The example model, recognized, and its tokens, as a build has them."""
     loaded = load(str(EXAMPLE / "model.pt"), config=EXAMPLE / "config.yaml")
     program = recognize(capture(loaded))

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from lhruntime import Session
+from torch.fx import Node
 
 from lhcompile import verify
-from lhcompile.artifacts import Program, module_path
+from lhcompile.artifacts import Program, Signal, module_path
 from lhcompile.calibrate import calibrate
 from lhcompile.capture import capture
 from lhcompile.config import CalibrationConfig, LoadConfig, build_config, validated
@@ -48,7 +49,10 @@ def build(model: str, progress: Progress | None = None, command: str = "lhcompil
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One operator with memory: its module, kind, filters, channels, taps and bytes of state per sequence if exact."""
+    """One operator with memory: its module, kind, filters, channels, taps and bytes of state per sequence if exact.
+
+    taps: those kept, 0 of a state space, all positions of attention
+    """
 
     module: str
     kind: str
@@ -60,12 +64,17 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found in a model, without building it."""
+    """What was found in a model, without building it.
+
+    vocab_size of a token model; features and channels, the axes of input and output, of a continuous signal
+    """
 
     family: str
     parameters: int
     context_length: int
-    vocab_size: int
+    vocab_size: int | None
+    features: int | None
+    channels: int | None
     config: dict[str, Any]
     notes: tuple[str, ...]
     layers: tuple[LayerSummary, ...]
@@ -80,11 +89,14 @@ def inspect(model: str, **options: Any) -> Inspection | Manifest:
         return verify_files(Path(model))
     loaded = load(model, **dict(validated(LoadConfig, options)))
     program = recognize(capture(loaded))
+    features = program.signal.features
     return Inspection(
         family=loaded.family,
         parameters=loaded.parameters,
         context_length=program.context,
-        vocab_size=program.vocabulary,
+        vocab_size=program.vocabulary if features is None else None,
+        features=features,
+        channels=None if features is None else program.vocabulary,
         config=loaded.config,
         notes=loaded.notes,
         layers=tuple(_layers(program)),
@@ -93,6 +105,8 @@ def inspect(model: str, **options: Any) -> Inspection | Manifest:
 
 def _layers(program: Program) -> Iterator[LayerSummary]:
     for node in program.graph.graph.nodes:
+        if node.target in (torch.ops.lhc.modal_ssm.default, torch.ops.lhc.attention.default):
+            yield _other(program, node)
         if node.target in (torch.ops.lhc.fir.default, torch.ops.lhc.long_conv.default):
             weight = getattr(program.graph, str(node.args[1].target))
             channels = node.args[0].meta["sizes"][2].offset
@@ -101,11 +115,23 @@ def _layers(program: Program) -> Iterator[LayerSummary]:
             yield LayerSummary(module_path(node), kind, weight.shape[0], channels, taps, 4 * channels * (taps - 1))
 
 
+def _other(program: Program, node: Node) -> LayerSummary:
+    """A state space that the model has already, or attention, whose heads are counted by their keys and values."""
+    if node.target == torch.ops.lhc.attention.default:
+        keys, values = (arg.meta["sizes"] for arg in node.args[1:3])  # type: ignore[union-attr]
+        heads, width = keys[2].offset, keys[3].offset + values[3].offset
+        size = 4 * program.context * heads * width
+        return LayerSummary(module_path(node), "attention", heads, heads * width, program.context, size)
+    order, filters = getattr(program.graph, str(node.args[1].target)).shape  # type: ignore[union-attr]
+    channels = node.args[0].meta["sizes"][2].offset  # type: ignore[union-attr]
+    return LayerSummary(module_path(node), "state space", filters, channels, 0, 4 * order * channels)
+
+
 @dataclass(frozen=True)
 class Verification:
-    """What was checked of a built directory: files, cuts, and its figures on text.
+    """What was checked of a built directory: files, cuts, and its figures on text or signals.
 
-    stages: loss of the directory, and of the source model when one was given
+    stages: figures of the directory, and of the source model when one was given
     """
 
     files: int
@@ -124,24 +150,26 @@ def verify_directory(
 ) -> Verification:
     """Check a built directory: checksums, every way of cutting a sequence, and with `against` the source model.
 
-    against: the model it was built from, loaded with `options` (fields of LoadConfig); its logits and loss are
-    compared on `calibration` text, or on random tokens where none is given. say: told what is going on.
-    Raises PackageError for a damaged directory and ParityError when a gate is not met; the logits of a build whose
+    against: the model it was built from, loaded with `options` (fields of LoadConfig); its outputs and loss are
+    compared on `calibration` text or signals, or on random ones where none are given. say: told what is going on.
+    Raises PackageError for a damaged directory and ParityError when a gate is not met; the outputs of a build whose
     convolutions are all kept must be the source's own.
     """
     path = Path(directory)
     say("comparing checksums")
     manifest = verify_files(path)
     model = verify.SessionModel(lambda batch: Session.load(path, batch=batch))
-    vocabulary, context = manifest.model.vocab_size, manifest.model.context_length
-    if vocabulary is None:
-        raise ConfigError(f"{directory} is a model of continuous signals; verify takes token models")
+    tail = model.session(1).tail
+    signal = Signal(tail[0]) if tail else Signal()
     source = None if against is None else load(against, **dict(validated(LoadConfig, options)))
     if source is not None and source.parameters != manifest.model.parameters:
         built = f"{directory} was built from one of {manifest.model.parameters}"
         raise ConfigError(f"{against} is another model: it has {source.parameters} parameters, {built}")
+    if source is not None and source.signal != signal:
+        raise ConfigError(f"{against} is another model: it takes {source.signal}, {directory} takes {signal}")
     if calibration is None:
-        rows = torch.randint(0, vocabulary, (sequences, min(256, context)), generator=torch.Generator().manual_seed(0))
+        length = min(256, manifest.model.context_length)
+        rows = signal.random(sequences, length, tokens=manifest.model.vocab_size or 0)
     else:
         if source is None:
             raise ConfigError("text is for comparing with the source model: name it with --against")
@@ -150,15 +178,16 @@ def verify_directory(
         config = validated(CalibrationConfig, values)
         program = recognize(capture(source))
         rows = calibrate(config, program, source.parameters, lambda: program).heldout
+    rows = rows[:, : model.session(1).manifest.capacity]
     say("feeding the graphs in every cut")
     few = rows[:3, : min(160, rows.shape[1])]
     cuts = verify.check_cuts(model, few)
     if source is None:
         return Verification(len(manifest.files), cuts)
-    if not manifest.distillation:
+    if all(layer.tap_error == 0 for layer in manifest.distillation):
         verify.check_stage(model, source.module, few, verify.ONNX)
-    say(f"measuring on {rows.numel()} tokens")
+    say(f"measuring on {rows.shape[:2].numel()} positions")
     stages = tuple(verify.fidelity(source.module, {"onnx": model}, rows))
-    if not np.isfinite(stages[-1].loss or 0.0):
-        raise ParityError("the loss of the built model is not finite")
+    if not np.isfinite((stages[-1].loss or 0.0) + (stages[-1].relative_error or 0.0)):
+        raise ParityError("the outputs of the built model are not finite")
     return Verification(len(manifest.files), cuts, stages)

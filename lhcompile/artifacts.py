@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,8 +22,9 @@ __all__ = [
     "LoadedModel",
     "Lowered",
     "Program",
+    "Sequences",
+    "Signal",
     "State",
-    "Tokens",
     "Trial",
     "map_leaves",
     "map_nodes",
@@ -38,11 +40,63 @@ map_leaves: Callable[..., Any] = fx_node.map_aggregate
 
 
 @dataclass(frozen=True)
+class Signal:
+    """What runs through a model: token ids, or the features of a continuous signal.
+
+    features: channels of the input float32 [batch, seq, features], which becomes values float32 [batch, seq, channels];
+        None for token ids int64 [batch, seq], which become logits float32 [batch, seq, vocab]
+    """
+
+    features: int | None = None
+
+    @classmethod
+    def read_by(cls, placeholder: Node) -> Signal:
+        """The signal that the first input of a program takes, by its meta["sizes"]."""
+        sizes = placeholder.meta["sizes"]
+        return cls(int(sizes[2].offset)) if len(sizes) == 3 else cls()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int64 if self.features is None else torch.float32
+
+    @property
+    def input(self) -> str:
+        """Name of the graphs' data input."""
+        return "input_ids" if self.features is None else "inputs"
+
+    @property
+    def output(self) -> str:
+        """Name of the graphs' data output."""
+        return "logits" if self.features is None else "outputs"
+
+    def __str__(self) -> str:
+        return "token ids" if self.features is None else f"{self.features} features"
+
+    @property
+    def width(self) -> str:
+        """What the last axis of the output counts."""
+        return "vocabulary" if self.features is None else "channels"
+
+    def constant(self, batch: int, time: int) -> Tensor:
+        """Sequences of the first token, or of ones: [batch, time] or [batch, time, features]."""
+        if self.features is None:
+            return torch.zeros(batch, time, dtype=torch.int64)
+        return torch.ones(batch, time, self.features)
+
+    def random(self, batch: int, time: int, tokens: int, seed: int = 0) -> Tensor:
+        """Sequences of random ids below `tokens`, or of white noise of size 1; the same for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.features is None:
+            return torch.randint(0, tokens, (batch, time), generator=generator)
+        return torch.randn(batch, time, self.features, generator=generator)
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """What `load` hands to capture.
 
-    module: eval mode, float32, on the CPU; forward maps input_ids int64 [batch, seq] to
-        logits float [batch, seq, vocab]
+    module: eval mode, float32, on the CPU; forward maps what `signal` says: token ids int64 [batch, seq] to logits
+        float [batch, seq, vocab], or features float32 [batch, seq, features] to values [batch, seq, channels]
     family: "safari-hyena", "module" or "export"
     context_length: the longest sequence the module accepts; None when the source does not say
     parameters: number of trained numbers, tied weights counted once
@@ -58,6 +112,7 @@ class LoadedModel:
     source: str
     config: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    signal: Signal = Signal()
 
 
 @dataclass(frozen=True)
@@ -66,9 +121,12 @@ class State:
 
     name:   the graph's input; `output` is the output holding its successor
     shape:  without the leading batch axis
-    kind:   "fir" (latest inputs of a short convolution), "modal" (a modal system's states) or
-            "long_conv" (latest inputs of a convolution kept whole)
+    kind:   "fir" (latest inputs of a short convolution), "modal" (a modal system's states), "long_conv" (latest
+            inputs of a convolution kept whole), "key" or "value" (of attention, at every position so far), or
+            "position" (how many tokens each row has taken)
     module: path of the module it belongs to
+    dtype:  "float32" or "int64"
+    capacity: how many positions it has room for; None where it is the same at any length
     """
 
     name: str
@@ -76,6 +134,21 @@ class State:
     shape: tuple[int, ...]
     kind: str
     module: str
+    dtype: str = "float32"
+    capacity: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of one row."""
+        return math.prod(self.shape) * self._torch.itemsize
+
+    def zeros(self, batch: int) -> Tensor:
+        """The state at the beginning of a sequence, [batch, *shape]."""
+        return torch.zeros(batch, *self.shape, dtype=self._torch)
+
+    @property
+    def _torch(self) -> torch.dtype:
+        return {"float32": torch.float32, "int64": torch.int64}[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -92,28 +165,42 @@ class Program:
     states: tuple[State, ...] = ()
 
     @property
+    def signal(self) -> Signal:
+        """What the program reads."""
+        return Signal.read_by(next(node for node in self.graph.graph.nodes if node.op == "placeholder"))
+
+    @property
     def reads_bytes(self) -> bool:
         """Whether token ids are taken to be bytes when no tokenizer is given: exactly 256 of them."""
-        return self.vocabulary == 256
+        return self.signal.features is None and self.vocabulary == 256
 
     @property
     def vocabulary(self) -> int:
-        """Number of logits at each position."""
+        """Number of logits, or values, at each position."""
         (output,) = [node for node in self.graph.graph.nodes if node.op == "output"]
         logits = output.args[0][0] if isinstance(output.args[0], tuple) else output.args[0]
         return int(logits.meta["sizes"][-1].offset)
 
+    @property
+    def capacity(self) -> int | None:
+        """How many positions a streamed program's states have room for; None where they take any number."""
+        return min((state.capacity for state in self.states if state.capacity is not None), default=None)
+
+    def start(self, batch: int) -> list[Tensor]:
+        """The states at the beginning of `batch` sequences."""
+        return [state.zeros(batch) for state in self.states]
+
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits [batch, time, vocab] of whole sequences [batch, time], from zero states."""
-        states = [torch.zeros(tokens.shape[0], *state.shape) for state in self.states]
-        result = self.graph(tokens, *states)
+        result = self.graph(tokens, *self.start(tokens.shape[0]))
         return result[0] if isinstance(result, tuple) else result
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Sequences [sequences, time] to calibrate on, others that calibration never sees, and their source.
+class Sequences:
+    """Sequences to calibrate on, others that calibration never sees, and their source.
 
+    calibration, heldout: int64 [sequences, time], or float32 [sequences, time, features]
     sampled: they were drawn from the model itself
     """
 
@@ -125,9 +212,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class DistilledLayer:
-    """What one long convolution became.
+    """What one long convolution became, or a modal system of the model's own, whose error is zero.
 
-    taps: [filters, length] of the source; system: what stands for them, None where the taps are kept
+    taps: [filters, length] of the source, [filters, 0] of a modal system; system: what stands for them, None where
+        the taps are kept
     head: [filters, k − 1], what is added to taps 1 … k − 1 of the system, where the first k are kept exactly
     orders: int [filters], real state dimensions; error: relative l2 error of the taps [filters]; bound: what no system
     of that order can go below, same norm [filters]; heard_error: the error weighted by the input's spectrum [filters]
@@ -164,6 +252,7 @@ class Trial:
 
     order: mean over the filters; loss: nats per token; rise: of the loss, relative to the source's
     expected: the relative rise to be expected of other tokens, which the budget is held against
+    Of a continuous signal: the relative squared error of the outputs for the loss, its root for the rises.
     """
 
     order: float

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from lhcompile.artifacts import Distilled, LoadedModel, Lowered, Program
 from lhcompile.package.manifest import (
     Distillation,
+    FeatureFidelity,
     Graph,
     Graphs,
     Inputs,
@@ -41,28 +42,30 @@ def manifest_of(
 
     tokenizer: name of the tokenizer file in the directory, None for a byte model or one that takes ids.
     """
+    tokens = program.signal.features is None
     modal = [layer for layer in layers or [] if not layer.kept]
     return Manifest(
         lhcompile_version=version("lhcompile"),
         target=lowered.target,  # type: ignore[arg-type]
         model=ModelInfo(
             family=loaded.family,
-            vocab_size=program.vocabulary,
+            vocab_size=program.vocabulary if tokens else None,
             context_length=program.context,
             parameters=loaded.parameters,
         ),
         tokenizer=_tokenizer(program, tokenizer),
         graphs=Graphs(step=Graph(file="step.onnx"), prefill=Graph(file="prefill.onnx")),
-        inputs=Inputs(tokens="input_ids"),
-        outputs=Outputs(logits="logits"),
+        inputs=Inputs(**{"tokens" if tokens else "features": program.signal.input}),
+        outputs=Outputs(**{"logits" if tokens else "values": program.signal.output}),
         states=[
             State(
                 input=state.name,
                 output=state.output,
                 shape=["batch", *state.shape],
-                dtype="float32",
+                dtype=state.dtype,  # type: ignore[arg-type]
                 kind=state.kind,
                 module=state.module,
+                capacity=state.capacity,
             )
             for state in lowered.states
         ],
@@ -84,15 +87,25 @@ def manifest_of(
 
 
 def _tokenizer(program: Program, file: str | None) -> Tokenizer | None:
+    if program.signal.features is not None:
+        return None
     if file is not None:
         return Tokenizer(kind="tokenizers", file=file)
     return Tokenizer(kind="bytes") if program.reads_bytes else Tokenizer(kind="none")
 
 
-def _fidelity(stages: list[StageFidelity] | None) -> TokenFidelity | None:
+def _fidelity(stages: list[StageFidelity] | None) -> TokenFidelity | FeatureFidelity | None:
     if not stages:
         return None
     first, last = stages[0], stages[-1]
+    if last.relative_error is not None:
+        return FeatureFidelity.model_validate(
+            {
+                "positions": last.tokens,
+                "relative_error": last.relative_error,
+                "max_difference": last.max_difference,
+            }
+        )
     return TokenFidelity.model_validate(
         {
             "tokens": last.tokens,
@@ -115,23 +128,31 @@ def report_of(
     files: dict[str, int],
     timings: dict[str, float],
     command: str,
+    calibration: str,
 ) -> Report:
-    """Everything the build has to say. budget: the relative rise asked for, None where an order was given."""
-    rise = None
+    """Everything the build has to say.
+
+    budget: the relative rise asked for, None where an order was given; calibration: where the sequences came from
+    """
+    rise = stages[-1].relative_error
     if stages[0].loss and stages[-1].loss is not None:
         rise = (stages[-1].loss - stages[0].loss) / abs(stages[0].loss)
+    signal = program.signal
     blocks = len({_block(state.module) for state in lowered.states})
     return Report(
         model=ModelReport(
             family=loaded.family,
             source=loaded.source,
             parameters=loaded.parameters,
-            vocab_size=program.vocabulary,
+            vocab_size=program.vocabulary if signal.features is None else None,
+            features=signal.features,
             context_length=program.context,
         ),
         target=lowered.target,
         command=command,
         versions={name: version(name) for name in VERSIONED},
+        calibration=calibration,
+        notes=list(loaded.notes),
         stages=stages,
         layers=summary.layers_of(distilled, lowered.states),
         samples=summary.samples_of(distilled),
@@ -143,6 +164,7 @@ def report_of(
         healing=summary.healing_of(distilled),
         graph=graph.model_copy(update={"nodes_per_layer": graph.step_nodes / blocks if blocks else None}),
         state_bytes=summary.state_bytes(lowered.states),
+        capacity=program.capacity,
         timings=timings,
         files=files,
     )

@@ -121,7 +121,7 @@ def _option(name: str, field: Any) -> python_inspect.Parameter:
 
 
 @app.command()
-@with_options("load", "calibration", "distill", "lower", "package")
+@with_options("load", "calibration", "distill", "streamify", "lower", "package")
 def build(model: Model, **options: Any) -> None:
     """Compile MODEL into a directory that onnxruntime runs token by token."""
     command = shlex.join(["lhcompile", *sys.argv[1:]])
@@ -129,12 +129,9 @@ def build(model: Model, **options: Any) -> None:
         from lhcompile import api
 
         report = api.build(model, progress, command, **options)
-    first, last = report.stages[0], report.stages[-1]
-    rows = [
-        ("loss, reference", f"{first.loss:.5f} nats per token, {first.tokens} held-out tokens"),
-        ("loss, compiled", f"{last.loss:.5f}{_rise(first, last)}"),
-        ("agreement", _agreement(last)),
-    ]
+    rows = _figures(report.stages, "held-out ", "reference")
+    if report.model.features is not None:
+        rows.append(("calibration", str(report.calibration)))
     if report.order_mean is not None:
         rows.append(("order", f"mean {report.order_mean:.2f}, largest {max(x.order_max for x in report.layers)}"))
     if report.healing is not None:
@@ -148,11 +145,13 @@ def build(model: Model, **options: Any) -> None:
     rows.append(("files", _sizes(report.files)))
     rows.append(("written to", f"{options['output']}  (report: {options['output'] / 'report.html'})"))
     _print_rows(rows)
-    rise, budget = report.loss_rise, report.budget
-    if budget is not None and rise is not None and rise > budget.requested:
+    budget = report.budget
+    if budget is not None and budget.measured is not None and budget.measured > budget.requested:
+        tokens = report.model.features is None
+        seen = "on held-out tokens the loss rises by" if tokens else "on held-out signals the outputs are off by"
         err.print(
-            f"[yellow]warning:[/] on held-out tokens the loss rises by {rise:.3%}, more than the budget of "
-            f"{100 * budget.requested:.3g}% that calibration kept; more calibration text or a smaller --budget helps",
+            f"[yellow]warning:[/] {seen} {budget.measured:.3%}, more than the budget of {100 * budget.requested:.3g}% "
+            f"that calibration kept; more calibration {'text' if tokens else 'signals'} or a smaller --budget helps",
             soft_wrap=True,
         )
 
@@ -182,7 +181,7 @@ def inspect(
 def verify(
     directory: Directory,
     against: Annotated[str | None, typer.Option(help="The model it was built from, to compare with.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Text to compare on (its second half).")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text or signals to compare on (the second half).")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json for the text.")] = None,
     sequences: Annotated[int, typer.Option(min=2, help="Sequences to compare on.")] = 16,
     **options: Any,
@@ -199,13 +198,7 @@ def verify(
         ("cuts", f"{result.cuts} ways of feeding a sequence agree, outputs and states"),
     ]
     if result.stages:
-        first, last = result.stages[0], result.stages[-1]
-        tokens = f"{first.tokens} {'random ' if calibration is None else ''}tokens"
-        rows += [
-            ("loss, source", f"{first.loss:.5f} nats per token, {tokens}"),
-            ("loss, compiled", f"{last.loss:.5f}{_rise(first, last)}"),
-            ("agreement", _agreement(last)),
-        ]
+        rows += _figures(result.stages, "random " if calibration is None else "", "source")
     _print_rows(rows)
 
 
@@ -298,7 +291,7 @@ def bench(
         [
             ("step", f"{result.step_ms:.3f} ms median, {result.step_ms_p90:.3f} ms 90th percentile"),
             ("decode", f"{result.tokens_per_second:,.0f} tokens/s at batch {batch}"),
-            ("prefill", f"{result.prefill_tokens_per_second:,.0f} tokens/s ({prefill_tokens} tokens at once)"),
+            ("prefill", f"{result.prefill_tokens_per_second:,.0f} tokens/s ({result.prefill_tokens} tokens at once)"),
             ("state", f"{_bytes(result.state_bytes)} per sequence"),
             ("files", _sizes(result.file_bytes)),
         ]
@@ -347,7 +340,9 @@ def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
 
 
 def _print_inspection(found: Any) -> None:
-    sizes = f"{found.parameters:,} parameters, vocabulary {found.vocab_size}, context {found.context_length}"
+    channels = f"{found.features} → {found.channels} channels"
+    signal = channels if found.features is not None else f"vocabulary {found.vocab_size}"
+    sizes = f"{found.parameters:,} parameters, {signal}, context {found.context_length}"
     exact = f"{_bytes(sum(x.exact_bytes for x in found.layers))} of state per sequence if built --exact"
     notes = [("note", note) for note in found.notes]
     _print_rows([("model", f"{found.family}, {sizes}"), ("memory", exact), *notes])
@@ -378,6 +373,9 @@ def _print_manifest(found: Any) -> None:
     if hasattr(found.fidelity, "loss_compiled"):
         loss = f"{found.fidelity.loss_compiled:.5f} nats per token, of the source {found.fidelity.loss_reference:.5f}"
         rows.insert(2, ("loss", f"{loss}, {found.fidelity.tokens} held-out tokens"))
+    elif hasattr(found.fidelity, "relative_error"):
+        error = f"{found.fidelity.relative_error:.2e} of the outputs' size"
+        rows.insert(2, ("error", f"{error}, {found.fidelity.positions} held-out positions"))
     _print_rows(rows)
     if found.distillation:
         table = _table("module", "method", "filters", "mean order", "tap error")
@@ -400,6 +398,19 @@ def _sizes(files: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {_bytes(size)}" for name, size in files.items())
 
 
+def _figures(stages: Sequence[Any], kind: str, source: str) -> list[tuple[str, str]]:
+    """Rows that compare the last stage with the first, on tokens or positions of this kind."""
+    first, last = stages[0], stages[-1]
+    if last.relative_error is not None:
+        error = f"{last.relative_error:.2e} of the outputs' size, worst |Δ| {last.max_difference:.3g}"
+        return [("error", f"{error}, {last.tokens} {kind}positions")]
+    return [
+        (f"loss, {source}", f"{first.loss:.5f} nats per token, {first.tokens} {kind}tokens"),
+        ("loss, compiled", f"{last.loss:.5f}{_rise(first, last)}"),
+        ("agreement", _agreement(last)),
+    ]
+
+
 def _rise(first: Any, last: Any) -> str:
     """By how much the loss is above the reference's, relative to it."""
     return f"  ({round((last.loss - first.loss) / first.loss, 5) + 0.0:+.3%})" if first.loss else ""  # + 0.0: never -0
@@ -407,7 +418,7 @@ def _rise(first: Any, last: Any) -> str:
 
 def _agreement(stage: Any) -> str:
     agreement = f"KL {stage.kl_mean:.2e} nats, top-1 {stage.top1_agreement:.2%}"
-    return f"{agreement}, worst |Δlogit| {stage.max_logit_difference:.3g}"
+    return f"{agreement}, worst |Δlogit| {stage.max_difference:.3g}"
 
 
 def _bytes(count: int) -> str:

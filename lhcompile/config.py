@@ -18,6 +18,7 @@ __all__ = [
     "LowerConfig",
     "Method",
     "PackageConfig",
+    "StreamConfig",
     "Target",
     "build_config",
     "validated",
@@ -42,15 +43,18 @@ class LoadConfig(_Config):
     context: int | None = Field(
         None, ge=1, description="Longest sequence, where neither checkpoint nor module says it."
     )
+    features: int | None = Field(
+        None, ge=1, description="The package.module:factory model takes so many channels of a signal, not token ids."
+    )
 
 
 class CalibrationConfig(_Config):
-    """The tokens that choose orders and the tokens that fidelity is measured on."""
+    """The sequences that choose orders and the sequences that fidelity is measured on."""
 
     calibration: Path | None = Field(
         None,
-        description="Text (or .npy token ids) to calibrate and measure on; sampled from the model if not given. "
-        "One half chooses the orders, the other half gives the figures.",
+        description="Text (or .npy token ids, or features) to calibrate and measure on; sampled from the model, or "
+        "white noise, if not given. One half chooses the orders, the other half gives the figures.",
     )
     tokenizer: Path | None = Field(
         None, description="tokenizer.json for the text; models of 256 tokens read bytes without one."
@@ -58,7 +62,7 @@ class CalibrationConfig(_Config):
     sequences: int | None = Field(
         None, ge=2, description="Sequences in each half; 32 without this option, fewer for large models."
     )
-    seed: int = Field(0, ge=0, description="Seed for sampled calibration tokens.")
+    seed: int = Field(0, ge=0, description="Seed for calibration sequences made here.")
 
 
 _EXCLUDED = {
@@ -66,6 +70,7 @@ _EXCLUDED = {
     "order": ("exact",),
     "head": ("order", "exact", "uniform"),
     "heal": ("exact",),
+    "reduce": ("exact",),
 }
 """Options of distillation that make no sense together."""
 
@@ -77,7 +82,8 @@ class DistillConfig(_Config):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Allowed relative rise of the loss on calibration tokens; 0.001 without order or exact.",
+        description="Allowed relative rise of the loss on calibration tokens, or relative error of the outputs of a "
+        "continuous signal; 0.001 without order or exact.",
     )
     order: int | None = Field(None, ge=1, le=512, description="The same order for every filter, whatever the loss.")
     exact: bool = Field(False, description="Keep every convolution's own taps over a ring buffer.")
@@ -96,6 +102,9 @@ class DistillConfig(_Config):
         le=128,
         description="Up to so many first taps of a layer are kept exactly, where that makes its state smaller.",
     )
+    reduce: bool = Field(
+        False, description="Reduce state spaces that the model already has, as if they were long convolutions."
+    )
     uniform: bool = Field(False, description="One order for all filters, for runtimes that need equal states.")
 
     @model_validator(mode="after")
@@ -106,6 +115,7 @@ class DistillConfig(_Config):
             "exact": self.exact,
             "head": self.head > 1,
             "heal": self.heal > 0,
+            "reduce": self.reduce,
             "uniform": self.uniform,
         }
         for one, others in _EXCLUDED.items():
@@ -118,6 +128,17 @@ class DistillConfig(_Config):
     def rise(self) -> float:
         """The budget in force."""
         return 0.001 if self.budget is None else self.budget
+
+
+class StreamConfig(_Config):
+    """How much of a sequence the states have room for."""
+
+    max_context: int | None = Field(
+        None,
+        ge=2,
+        description="Positions that states which grow with the sequence have room for; the model's context if not "
+        "given.",
+    )
 
 
 class LowerConfig(_Config):
@@ -139,6 +160,7 @@ class BuildConfig(_Config):
     load: LoadConfig = LoadConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     distill: DistillConfig = DistillConfig()
+    streamify: StreamConfig = StreamConfig()
     lower: LowerConfig = LowerConfig()
     package: PackageConfig
 

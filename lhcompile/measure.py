@@ -1,7 +1,9 @@
 """How close two models are: loss, KL divergence, agreement and differences of logits, in nats per token.
 
-A model here is a function  tokens int64 [batch, time] -> logits float32 [batch, time, vocab].  Everything is computed
-in slices of the batch, so that no more than `BYTES` of logits exist at once.
+A model here is a function  tokens int64 [batch, time] -> logits float32 [batch, time, vocab],  or, of a continuous
+signal,  features float32 [batch, time, features] -> values float32 [batch, time, channels].  Values have no loss: what
+takes its place is the squared error of the outputs, relative to the reference's. Everything is computed in slices of
+the batch, so that no more than `BYTES` of outputs exist at once.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from torch.nn.functional import cross_entropy
 
 from lhcompile.parallel import side_by_side
 
-__all__ = ["Agreement", "Model", "compare", "divergences", "loss", "losses"]
+__all__ = ["Agreement", "Deviation", "Model", "compare", "divergences", "loss", "losses"]
 
 Model = Callable[[Tensor], Tensor]
 BYTES = 1 << 28
+TINY = 1e-300
 
 
 @dataclass
@@ -55,15 +58,42 @@ class Agreement:
         self.max_logit_difference = max(self.max_logit_difference, worst)
 
 
+@dataclass
+class Deviation:
+    """One model of a continuous signal against a reference, over all positions.
+
+    relative_error: ‖y − y*‖ / ‖y*‖, l2 over everything; max_difference: largest |y − y*|
+    """
+
+    positions: int = 0
+    relative_error: float = 0.0
+    max_difference: float = 0.0
+    _squares: list[float] = field(default_factory=lambda: [0.0, 0.0], repr=False)
+
+    def add(self, values: Tensor, reference: Tensor, features: Tensor) -> None:
+        """Take in one slice: values and reference [batch, time, channels], features [batch, time, features]."""
+        error, truth = values.double() - reference.double(), reference.double()
+        self._squares[0] += float(error.square().sum())
+        self._squares[1] += float(truth.square().sum())
+        self.positions += features.shape[0] * features.shape[1]
+        self.relative_error = (self._squares[0] / max(self._squares[1], TINY)) ** 0.5
+        self.max_difference = max(self.max_difference, float(error.abs().max()))
+
+
 @torch.no_grad()
-def compare(reference: Model, models: Mapping[str, Model], tokens: Tensor) -> dict[str, Agreement]:
-    """Each model, and the reference itself under "reference", against the reference on tokens [sequences, time]."""
+def compare(reference: Model, models: Mapping[str, Model], inputs: Tensor) -> dict[str, Agreement | Deviation]:
+    """Each model, and the reference itself under "reference", against the reference.
+
+    inputs: tokens [sequences, time], which give an Agreement, or features [sequences, time, features], a Deviation
+    """
     everyone = {"reference": reference, **models}
-    result = {name: Agreement() for name in everyone}
-    for rows in _slices(reference, tokens):
+    result: dict[str, Agreement | Deviation] = {
+        name: Deviation() if inputs.is_floating_point() else Agreement() for name in everyone
+    }
+    for rows in _slices(reference, inputs):
         truth, *others = side_by_side(lambda model, rows=rows: model(rows), everyone.values())  # type: ignore[misc]
-        for agreement, logits in zip(result.values(), (truth, *others), strict=True):
-            agreement.add(logits, truth, rows)
+        for figures, outputs in zip(result.values(), (truth, *others), strict=True):
+            figures.add(outputs, truth, rows)
     return result
 
 
@@ -84,18 +114,28 @@ def losses(model: Model, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def divergences(reference: Model, model: Model, tokens: Tensor) -> Tensor:
-    """Mean KL(reference ‖ model) over the positions of each row [sequences, time], nats, float64 [sequences]."""
+def divergences(reference: Model, model: Model, inputs: Tensor) -> Tensor:
+    """Mean KL(reference ‖ model) over the positions of each row [sequences, time], nats, float64 [sequences].
+
+    Of features [sequences, time, features]: the squared error of the values in each row, relative to the mean of the
+    reference's square over all rows, so that the mean over the rows is the square of the relative error.
+    """
 
     def mean(rows: Tensor) -> Tensor:
-        theirs, ours = (side(rows).double().log_softmax(-1) for side in (reference, model))
+        theirs, ours = (side(rows).double() for side in (reference, model))
+        if rows.is_floating_point():
+            return torch.stack([(ours - theirs).square().mean((1, 2)), theirs.square().mean((1, 2))])
+        theirs, ours = theirs.log_softmax(-1), ours.log_softmax(-1)
         return (theirs.exp() * (theirs - ours)).sum(-1).mean(1)
 
-    return torch.cat(side_by_side(mean, _slices(model, tokens)))
+    found = torch.cat(side_by_side(mean, _slices(model, inputs)), dim=-1)
+    if inputs.is_floating_point():
+        return found[0] / found[1].mean().clamp_min(TINY)
+    return found
 
 
-def _slices(model: Model, tokens: Tensor) -> Iterator[Tensor]:
-    """Rows of tokens in slices whose logits in double precision stay below `BYTES`."""
-    vocabulary = model(tokens[:1, :2]).shape[-1]
-    rows = max(1, min(8, BYTES // (tokens.shape[1] * vocabulary * 8)))
-    return iter(tokens.split(rows))
+def _slices(model: Model, inputs: Tensor) -> Iterator[Tensor]:
+    """Rows of tokens or features in slices whose outputs in double precision stay below `BYTES`."""
+    width = model(inputs[:1, :2]).shape[-1]
+    rows = max(1, min(8, BYTES // (inputs.shape[1] * width * 8)))
+    return iter(inputs.split(rows))

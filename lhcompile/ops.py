@@ -1,14 +1,18 @@
-"""The three causal operators a recognized program is made of, with eager reference bodies.
+"""The causal operators a recognized program is made of, with eager reference bodies.
 
-Each maps a signal u [batch, time, channels] and the state of all earlier time to (y, new state), so that a sequence
-may be fed whole, in cuts, or token by token. `state` None means zero: the start of a sequence. Channels lie innermost
-in every tensor, so that a step is elementwise on contiguous memory.
+The three convolutions map a signal u [batch, time, channels] and the state of all earlier time to (y, new state), so
+that a sequence may be fed whole, in cuts, or token by token. `state` None means zero: the start of a sequence. Channels
+lie innermost in every tensor, so that a step is elementwise on contiguous memory.
 
 Filters are shared between channels: with F filters and `inner` = R, channel n is heard through filter (n // R) % F,
 which covers one filter per channel (R = 1, F = channels), filters shared by whole groups (heads outermost:
 R = channels / F) and heads innermost (R = 1, F < channels).
 
-Nothing in these bodies depends on how time was cut, except the rounding. The two convolutions have gradients.
+Attention keeps the keys and values of all earlier positions in caches of fixed capacity. What depends on the absolute
+position reads it from `position`, the count of tokens that each row has taken; rows may stand at different ones.
+
+Nothing in these bodies depends on how time was cut, except the rounding. Whole sequences have gradients, those of
+modal systems with respect to their input alone.
 """
 
 from __future__ import annotations
@@ -19,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv1d_input, conv1d_weight
 
-from lhcompile.ssm import real_powers, swap
+from lhcompile.ssm import RealModal, real_powers, swap
 
-__all__ = ["fft_convolve", "fir", "long_conv", "modal_ssm", "per_channel"]
+__all__ = ["attention", "fft_convolve", "fir", "long_conv", "modal_ssm", "modal_taps", "per_channel", "position"]
 
 
 def fft_convolve(u: Tensor, taps: Tensor) -> Tensor:
@@ -137,8 +141,7 @@ def _modal_whole(
     channels = u.shape[2]
     owns, others = real_powers(own.double(), other.double(), u.shape[1])
     driven = owns[:-1] + others[:-1]  # A^t (1, …, 1): [time, order, filters]
-    taps = (driven * readout.double()).sum(1).T
-    taps[:, 0] += direct
+    taps = _heard(driven, readout, direct)
     y = _shared_convolve(u, taps.to(u.dtype), inner)
     left = per_channel(driven.flip(0).to(u.dtype), channels, inner)
     last = torch.einsum("btc,tnc->bnc", u, left)
@@ -148,6 +151,19 @@ def _modal_whole(
         p, q = (per_channel(x[-1].to(u.dtype), channels, inner) for x in (owns, others))
         last = last + p * state + q * swap(state, 1)
     return y.contiguous(), last.contiguous()
+
+
+def modal_taps(system: RealModal, length: int) -> Tensor:
+    """The impulse response of modal systems, float64 [filters, length]."""
+    owns, others = real_powers(system.own.double(), system.other.double(), length)
+    return _heard(owns[:-1] + others[:-1], system.readout, system.direct)
+
+
+def _heard(driven: Tensor, readout: Tensor, direct: Tensor) -> Tensor:
+    """driven: A^t (1, …, 1), [time, order, filters] → taps [filters, time]"""
+    taps = (driven * readout.double()).sum(1).T
+    taps[:, 0] += direct
+    return taps
 
 
 def _modal_step(
@@ -192,7 +208,81 @@ def _(
     return u.new_empty(u.shape), u.new_empty(u.shape[0], *shape)
 
 
-# ---- gradients of the convolutions, of whole sequences only ---------------------------------------------------------
+# ---- positions and attention ----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("lhc::position", mutates_args=())
+def position(signal: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The place of every token in its sequence, and the place of the next one.
+
+    signal: [batch, time, …], only its first two sizes are read; start: int64 [batch, 1], the place of the first token
+    → positions int64 [batch, time], next int64 [batch, 1]
+    """
+    batch, time = signal.shape[:2]
+    if start is None:
+        start = torch.zeros(batch, 1, dtype=torch.int64, device=signal.device)
+    return start + torch.arange(time, device=signal.device), start + time
+
+
+@position.register_fake
+def _(signal: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = signal.shape[:2]
+    return signal.new_empty(shape, dtype=torch.int64), signal.new_empty((shape[0], 1), dtype=torch.int64)
+
+
+@torch.library.custom_op("lhc::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None, start: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal softmax attention; query head h reads the keys and values of head h // (heads / groups).
+
+        y_t = Σ_{s≤t} w_ts v_s,   w_t = softmax_{s≤t}(scale · q_t·k_s)
+
+    q: [batch, time, heads, width]; k: [batch, time, groups, width]; v: [batch, time, groups, value width]
+    keys: [batch, groups, capacity, width]; values: [batch, groups, capacity, value width]; start: int64 [batch, 1]:
+        caches of which each row has filled the first `start` places; the new keys and values go to the places behind
+    → y [batch, time, heads, value width], the caches with the new entries; without caches, those of k and v alone.
+    Raises ValueError when a row would go past the capacity.
+    """
+    batch, time, _, _ = k.shape
+    places = torch.arange(time, device=q.device).expand(batch, time)
+    if keys is None or values is None or start is None:
+        keys, values = (x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in (k, v))
+    else:
+        places = start + places
+        if time and int(places.max()) >= keys.shape[2]:
+            raise ValueError(f"position {int(places.max())} is past the {keys.shape[2]} that attention's caches hold")
+        keys, values = (_written(cache, new, places) for cache, new in ((keys, k), (values, v)))
+    return _attended(q, keys, values, places, scale), keys, values
+
+
+def _written(cache: Tensor, new: Tensor, places: Tensor) -> Tensor:
+    """A cache [batch, groups, capacity, width] with new [batch, time, groups, width] at places [batch, time]."""
+    cache = cache.clone()
+    cache[torch.arange(len(places), device=places.device)[:, None], :, places] = new.to(cache.dtype)
+    return cache
+
+
+def _attended(q: Tensor, keys: Tensor, values: Tensor, places: Tensor, scale: float) -> Tensor:
+    """What queries at places [batch, time] hear of the caches' entries up to their own, [batch, time, heads, width]."""
+    grouped = q.unflatten(2, (keys.shape[1], -1))
+    scores = torch.einsum("btgrd,bgcd->bgrtc", grouped * scale, keys)
+    later = torch.arange(keys.shape[2], device=q.device) > places[:, None, None, :, None]
+    weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+    return torch.einsum("bgrtc,bgce->btgre", weights, values).flatten(2, 3)
+
+
+@attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None, start: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = q.new_empty((*q.shape[:3], v.shape[3]))
+    if keys is None or values is None:
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    return y, keys.new_empty(keys.shape), values.new_empty(values.shape)
+
+
+# ---- gradients, of whole sequences only -----------------------------------------------------------------------------
 
 
 def _save_fir(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, int], output: Any) -> None:
@@ -223,8 +313,7 @@ def _long_conv_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | Non
     u, taps = ctx.saved_tensors
     grouped = (1, (-1, taps.shape[0], ctx.inner))
     heard, felt = u.transpose(1, 2).unflatten(*grouped), grad.transpose(1, 2).unflatten(*grouped)
-    backwards = felt.flip(-1)
-    by_u = fft_convolve(backwards, taps[:, None, :]).flip(-1).flatten(1, 3).transpose(1, 2)
+    by_u = _correlated(grad, taps, ctx.inner)
     by_taps = None
     if ctx.needs_input_grad[1]:
         size = 2 * u.shape[1]
@@ -234,6 +323,39 @@ def _long_conv_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | Non
     return by_u, by_taps, None, None
 
 
+def _correlated(grad: Tensor, taps: Tensor, inner: int) -> Tensor:
+    """Σ_t g_t h_{t-s}: grad [batch, time, channels], taps [filters, length] → like grad"""
+    return _shared_convolve(grad.flip(1), taps, inner).flip(1)
+
+
+def _save_modal(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, *tables, _, state, ctx.inner = inputs
+    _whole(state)
+    if any(ctx.needs_input_grad[1:5]):
+        raise NotImplementedError("a modal system has no gradients with respect to its poles and residues")
+    ctx.save_for_backward(*tables)
+
+
+def _modal_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    taps = modal_taps(RealModal(*ctx.saved_tensors), grad.shape[1])
+    return _correlated(grad, taps, ctx.inner), *[None] * 7
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, keys, _, _, ctx.scale = inputs
+    _whole(keys)
+    ctx.save_for_backward(q, k, v)
+
+
+def _attention_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """The attention is computed again, so that no matrix of weights is kept."""
+    q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+    places = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
+    with torch.enable_grad():
+        y = _attended(q, k.transpose(1, 2), v.transpose(1, 2), places, ctx.scale)
+    return *torch.autograd.grad(y, (q, k, v), grad), None, None, None, None
+
+
 def _whole(state: Tensor | None) -> None:
     if state is not None:
         raise NotImplementedError("gradients are of whole sequences: the operator has a state")
@@ -241,3 +363,5 @@ def _whole(state: Tensor | None) -> None:
 
 fir.register_autograd(_fir_backward, setup_context=_save_fir)
 long_conv.register_autograd(_long_conv_backward, setup_context=_save_long_conv)
+modal_ssm.register_autograd(_modal_backward, setup_context=_save_modal)
+attention.register_autograd(_attention_backward, setup_context=_save_attention)

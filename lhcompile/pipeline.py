@@ -3,11 +3,11 @@
 load       torch module from checkpoint, factory or archive
 capture    program of its sizes; needs nothing of what the module is
 recognize  names every convolution; after capture, because laws of sizes tell time from channels
-calibrate  tokens to choose by and tokens to judge by; after recognize, because sampling needs a streamed program
+calibrate  sequences to choose by and sequences to judge by; after recognize, because sampling needs a streamed program
 distill    convolutions to modal systems; before streamify, while a program still takes whole sequences
 streamify  states in and out
 lower      ONNX graphs
-verify     parity of each stage, figures on held-out tokens
+verify     parity of each stage, figures on held-out sequences
 package    the directory, whole or not at all
 """
 
@@ -26,7 +26,7 @@ from lhruntime import Session
 from lhcompile import verify
 from lhcompile.artifacts import Program
 from lhcompile.assemble import manifest_of, report_of, serialized
-from lhcompile.calibrate import calibrate, check_readable, token_limit
+from lhcompile.calibrate import SAMPLED_LENGTH, calibrate, check_readable, token_limit
 from lhcompile.capture import capture
 from lhcompile.config import BuildConfig, DistillConfig
 from lhcompile.distill import distill
@@ -35,7 +35,7 @@ from lhcompile.load import load
 from lhcompile.lower import lower
 from lhcompile.package import Manifest, check_destination, package
 from lhcompile.recognize import recognize
-from lhcompile.streamify import streamify
+from lhcompile.streamify import check_capacity, streamify
 from lhcompile.verify.graphs import check_graphs
 from lhcompile.verify.model import Report
 from lhcompile.verify.report import render_report
@@ -83,20 +83,22 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
         verify.check_stage(captured, loaded.module, probe, verify.CAPTURED)
     with progress.stage("recognize"):
         recognized = recognize(captured)
+        check_capacity(recognized, config.streamify.max_context)
         verify.check_stage(recognized, captured, probe, verify.RECOGNIZED)
     with progress.stage("calibrate") as say:
         if config.calibration.calibration is None:
-            say("sampling tokens from the model")
-        tokens = calibrate(config.calibration, recognized, loaded.parameters, lambda: _stand_in(recognized))
-        few = tokens.heldout[:PARITY_ROWS, :PARITY_TIME]
+            say("sampling sequences")
+        sequences = calibrate(config.calibration, recognized, loaded.parameters, lambda: _stand_in(recognized))
+        heldout = sequences.heldout[:, : config.streamify.max_context]
+        few = heldout[:PARITY_ROWS, :PARITY_TIME]
     with progress.stage("distill") as say:
-        distilled = distill(recognized, config.distill, tokens.calibration, say, tokens.sampled)
+        distilled = distill(recognized, config.distill, sequences.calibration, say, sequences.sampled)
     with progress.stage("streamify"):
-        streamed = streamify(distilled.program)
+        streamed = streamify(distilled.program, config.streamify.max_context)
         verify.check_streamed(streamed, distilled.program, few)
     with progress.stage("lower"):
         lowered = lower(streamed, config.lower)
-        graph = check_graphs(lowered)
+        graph = check_graphs(lowered, streamed.signal)
         files: dict[str, bytes | Path] = {
             "step.onnx": serialized(lowered.step),
             "prefill.onnx": serialized(lowered.prefill),
@@ -107,18 +109,19 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
     with progress.stage("verify") as say, _rehearsal(files, manifest_of(loaded, lowered, streamed)) as onnx:
         say("feeding the graphs in every cut")
         verify.check_session(onnx, streamed, few)
-        say(f"measuring on {tokens.heldout.numel()} held-out tokens")
+        say(f"measuring on {heldout.shape[:2].numel()} held-out positions")
         stages = verify.fidelity(
             loaded.module,
             {"captured": captured, "distilled": distilled.program, "streamed": streamed, "onnx": onnx},
-            tokens.heldout,
+            heldout,
         )
     with progress.stage("package"):
         sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in files.items()}
-        searched = None if config.distill.order or config.distill.exact else config.distill.rise
+        searched = config.distill.rise if distilled.trials else None
         report = report_of(
-            loaded, lowered, streamed, distilled, stages, graph, searched, sizes, progress.timings, command
-        )
+            loaded, lowered, streamed, distilled, stages, graph, searched, sizes, progress.timings, command,
+            sequences.source,
+        )  # fmt: skip
         files["report.json"] = report.model_dump_json(indent=1).encode()
         files["report.html"] = render_report(report).encode()
         manifest = manifest_of(loaded, lowered, streamed, report.layers, stages, progress.timings, tokenizer)
@@ -127,18 +130,16 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
 
 
 def _probe(program: Program) -> torch.Tensor:
-    """Random tokens for the gates before there is text, [rows, time]."""
-    generator = torch.Generator().manual_seed(0)
-    size = (PARITY_ROWS, min(PARITY_TIME, program.context))
-    return torch.randint(0, token_limit(program), size, generator=generator)
+    """Random sequences for the gates before there are real ones, [rows, time, …]."""
+    return program.signal.random(PARITY_ROWS, min(PARITY_TIME, program.context), token_limit(program))
 
 
 def _stand_in(recognized: Program) -> Program:
     """A streamed program near enough to the model to sample calibration tokens from."""
     try:
-        return streamify(distill(recognized, SAMPLING, None).program)
+        return streamify(distill(recognized, SAMPLING, None).program, SAMPLED_LENGTH)
     except DistillError:  # its filters have no stable system: --exact keeps them, and so does the sampling
-        return streamify(recognized)
+        return streamify(recognized, SAMPLED_LENGTH)
 
 
 @contextmanager

@@ -28,10 +28,13 @@ def generate(
     """Text after a prompt, piece by piece as it is generated, through plain onnxruntime.
 
     A model without a tokenizer takes token ids as its prompt, "1 2 3", and gives ids.
-    Raises at once: ArgumentError of lhruntime for settings out of range, ConfigError for a prompt of no ids.
+    Raises at once: ArgumentError of lhruntime for settings out of range, ConfigError for a prompt of no ids or for a
+    model of continuous signals.
     """
     path = Path(directory)
     session = Session.load(path)
+    if session.manifest.features:
+        raise ConfigError(f"{directory} is a model of continuous signals: it has no tokens to generate")
     encode, stream = _text(path, session)
     new = session.generate(encode(prompt), max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     return stream(int(tokens[0]) for tokens in new)
@@ -85,7 +88,9 @@ class Bench:
     """Speed of a built directory on this machine.
 
     step_ms: median milliseconds a token, step_ms_p90: its 90th percentile; tokens_per_second: batch / median
-    prefill_tokens_per_second: of `prefill_tokens` at once; state_bytes: per sequence
+    prefill_tokens_per_second: of `prefill_tokens` at once, no more than the states have room for
+    state_bytes: per sequence, states that grow with it as large as they can get
+    A position of a continuous signal counts as a token.
     """
 
     batch: int
@@ -104,15 +109,16 @@ def bench(
 ) -> Bench:
     """Measure step latency and prefill rate; medians over `steps` tokens and five prefills, after a warm-up."""
     session = Session.load(directory, batch=batch, threads=threads)
-    vocabulary = int(session.manifest.vocab_size or 1)
     draw = np.random.default_rng(0)
-    tokens = draw.integers(0, vocabulary, (steps + 10, batch))
     durations = []
-    for row in tokens:
+    for row in _inputs(session, draw, steps + 10, batch):
+        if session.room == 0:
+            session.reset()
         started = time.perf_counter()
         session.step(row)
         durations.append(time.perf_counter() - started)
-    prompt = draw.integers(0, vocabulary, (batch, prefill_tokens))
+    prefill_tokens = min(prefill_tokens, session.manifest.capacity or prefill_tokens)
+    prompt = _inputs(session, draw, batch, prefill_tokens)
     prefills = []
     for _ in range(6):
         session.reset()
@@ -132,3 +138,10 @@ def bench(
         state_bytes=sum(state.nbytes for state in states.values()) // batch,
         file_bytes={file.name: file.stat().st_size for file in sorted(Path(directory).glob("*.onnx*"))},
     )
+
+
+def _inputs(session: Session, draw: np.random.Generator, *shape: int) -> np.ndarray[Any, np.dtype[Any]]:
+    """Random token ids [*shape], or features [*shape, features]."""
+    if session.manifest.vocab_size is None:
+        return draw.standard_normal((*shape, *session.tail), np.float32)
+    return draw.integers(0, session.manifest.vocab_size, shape)

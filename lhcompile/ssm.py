@@ -54,6 +54,40 @@ class RealModal:
         entries = ((self.own != 0) | (self.other != 0) | (self.readout != 0)).flatten().nonzero().squeeze(1)
         return entries if len(entries) else torch.zeros(1, dtype=torch.int64, device=entries.device)
 
+    @property
+    def moduli(self) -> Tensor:
+        """|λ| of the pole each state belongs to, [order, filters]; of a system in slots."""
+        return self.own.hypot(self.other)
+
+    @property
+    def in_slots(self) -> bool:
+        """Whether every slot holds a conjugate pair or two real poles, so that `modal` is its inverse."""
+        half = len(self.own) // 2
+        own, other = self._by_slot(self.own), self._by_slot(self.other)
+        pair = (other != 0).any(1, keepdim=True)
+        conjugate = (own == own.flip(1)) & (other == -other.flip(1))
+        return bool((conjugate | ~pair).all()) and not bool(self.other[2 * half :].any())
+
+    def modal(self) -> ModalSSM:
+        """The system by its poles and residues, in double precision: the inverse of `ModalSSM.real`.
+
+        Raises ValueError for a pole that does not decay.
+        """
+        own, other, readout = (self._by_slot(x.double()) for x in (self.own, self.other, self.readout))
+        pair = (other != 0).any(1, keepdim=True)
+        turned = torch.complex(readout[:, :1], -readout[:, 1:]) * (1 + 1j) / 2
+        poles = torch.complex(own, -other)  # row 0 has −b
+        residues = torch.where(pair, torch.cat([turned, turned.conj()], 1), readout.to(poles.dtype))
+        poles, residues = (x.flatten(0, 1).T.contiguous() for x in (poles, residues))
+        return ModalSSM(poles, residues, self.direct.double())
+
+    def _by_slot(self, table: Tensor) -> Tensor:
+        """[order, filters] → [slots, 2, filters]; the second of a row that stands alone is zero"""
+        half = len(table) // 2
+        table = torch.cat([table[:half], table[2 * half :], table[half : 2 * half]])
+        table = torch.nn.functional.pad(table, (0, 0, 0, len(table) % 2))
+        return table.unflatten(0, (2, -1)).transpose(0, 1)
+
 
 @dataclass(frozen=True)
 class ModalSSM:

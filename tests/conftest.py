@@ -7,7 +7,19 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import ORDERS, HeadsBetween, HeadsInnermost, HeadsOutermost, Hyena, Mixed, program_of, with_modal
+from models import (
+    ORDERS,
+    GivenModal,
+    HeadsBetween,
+    HeadsInnermost,
+    HeadsOutermost,
+    Hyena,
+    LearnedPositions,
+    Mixed,
+    RotaryAttention,
+    program_of,
+    with_modal,
+)
 
 from lhcompile.artifacts import Lowered, Program
 from lhcompile.config import LowerConfig
@@ -19,6 +31,7 @@ torch.set_num_threads(1)  # the models are tiny: a second thread only waits for 
 TINY_MODELS = {
     "per channel": (Hyena, Mixed),
     "shared": (HeadsInnermost, HeadsOutermost, HeadsBetween),
+    "hybrid": (LearnedPositions, Hyena, RotaryAttention, GivenModal, RotaryAttention),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from models import GivenModal, Hyena, LearnedPositions, RotaryAttention, tiny
 from torch import Tensor, nn
 
 from lhcompile.load.safari import HyenaConfig, HyenaLM
@@ -13,11 +14,13 @@ __all__ = [
     "VOCAB",
     "Centred",
     "Circular",
+    "Continuous",
     "Failing",
     "Growing",
     "Language",
     "Tiny",
     "WeightTied",
+    "hybrid",
     "hyena",
 ]
 
@@ -40,6 +43,11 @@ def hyena(vocabulary: int = 256, width: int = 16, seed: int = 0) -> HyenaLM:
     model = HyenaLM(config).eval().requires_grad_(False)
     model.backbone.embeddings.word_embeddings.weight.data /= width**0.5
     return model
+
+
+def hybrid() -> nn.Module:
+    """Learned positions, a Hyena, attention and a given modal system; context 32."""
+    return tiny(LearnedPositions, Hyena, RotaryAttention, GivenModal).module
 
 
 class WeightTied(nn.Module):
@@ -126,6 +134,26 @@ class Centred(Tiny):
 
     def mix(self, u: Tensor) -> Tensor:
         return super().mix(self.conv(u))
+
+
+class Continuous(nn.Module):
+    """features [batch, time, 3] → values [batch, time, 2], by a short and a long convolution."""
+
+    def __init__(self, length: int = 48, width: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.l_max = length
+        self.into = nn.Linear(3, width)
+        self.short = nn.Conv1d(width, width, 3, groups=width, padding=2)
+        self.taps = nn.Parameter(torch.randn(width, length) * torch.exp(-torch.arange(length) / 4))
+        self.out = nn.Linear(width, 2)
+
+    def forward(self, signal: Tensor) -> Tensor:
+        time = signal.shape[1]
+        u = torch.tanh(self.short(self.into(signal).transpose(1, 2))[..., :time])
+        spectrum = torch.fft.rfft(u, n=2 * time) * torch.fft.rfft(self.taps[:, :time], n=2 * time)
+        y = torch.fft.irfft(spectrum, n=2 * time)[..., :time]
+        return self.out(nn.functional.gelu(y + u).transpose(1, 2))
 
 
 class Growing(Tiny):

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from lhcompile.artifacts import LoadedModel, Program
 from lhcompile.capture import capture
+from lhcompile.load.modal import complex_modes
 from lhcompile.recognize import recognize
 from lhcompile.ssm import ModalSSM
 
@@ -21,12 +22,15 @@ __all__ = [
     "ORDERS",
     "VOCAB",
     "WIDTH",
+    "GivenModal",
     "HeadsBetween",
     "HeadsInnermost",
     "HeadsOutermost",
     "Hyena",
+    "LearnedPositions",
     "Mixed",
     "Mixer",
+    "RotaryAttention",
     "convolve",
     "of_orders",
     "operators",
@@ -36,6 +40,7 @@ __all__ = [
     "with_modal",
 ]
 
+ATTENTION = "lhc.attention.default"
 VOCAB, WIDTH, HEADS, CONTEXT = 20, 8, 2, 32
 ORDERS = (5, 2, 0, 1, 6, 3, 4)
 """Orders of a layer's filters where they differ: pairs and real poles, one alone in its slot, one filter of none."""
@@ -99,10 +104,10 @@ def program_of(*mixers: type[nn.Module]) -> Program:
 
 
 def operators(program: Program) -> list[tuple[str, tuple[int, ...]]]:
-    """(name, shape of its weight) of every lhc operator, in order."""
+    """(name, shape of its weight) of every convolution, in order."""
     found = []
     for node in program.graph.graph.nodes:
-        if str(node.target).startswith("lhc."):
+        if str(node.target).startswith("lhc.") and str(node.target) not in ("lhc.position.default", ATTENTION):
             weight = getattr(program.graph, node.args[1].target)
             found.append((str(node.target).split(".")[1], tuple(weight.shape)))
     return found
@@ -180,6 +185,46 @@ class Mixed(Mixer):
         b = self.dilated(F.pad(b, (10, 0)))
         c = convolve(c, self.head_taps[0]) * torch.sigmoid(F.pad(c, (1, -1)))
         return (a * b + c).transpose(1, 2)
+
+
+class LearnedPositions(Mixer):
+    """A trained row for every position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., :WIDTH] + self.taps.T[: x.shape[1]]
+
+
+class RotaryAttention(Mixer):
+    """Causal attention whose queries and keys turn with the position; two query heads share the keys of one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, _ = x.split([WIDTH, WIDTH // 2, WIDTH // 2, WIDTH], dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, 2)).transpose(1, 2) for part in (q, k, v))
+        angle = torch.arange(x.shape[1])[:, None] * 0.7
+        q, k = (turned(part, angle.cos(), angle.sin()) for part in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., time, 2 · pairs] with each pair, halves apart, turned by its angle; cos, sin: [time, pairs]"""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class GivenModal(Mixer):
+    """A filter that is stored as poles and residues."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        modulus, angle = torch.rand(2, WIDTH, 3)
+        self.poles = nn.Parameter(torch.view_as_real(torch.polar(0.5 + 0.4 * modulus, 3 * angle)))
+        self.residues = nn.Parameter(torch.randn(WIDTH, 3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, key, value = x.chunk(3, dim=-1)
+        poles, residues = (torch.view_as_complex(part) for part in (self.poles, self.residues))
+        return gate * complex_modes(key * value, poles, residues, self.direct)
 
 
 # ---- modal programs ----------------------------------------------------------------------------------------------

@@ -87,9 +87,10 @@ def write_directory(program: Program, lowered: Lowered, destination: Path) -> Pa
                 input=state.name,
                 output=state.output,
                 shape=["batch", *state.shape],
-                dtype="float32",
+                dtype=state.dtype,  # type: ignore[arg-type]
                 kind=state.kind,
                 module=state.module,
+                capacity=state.capacity,
             )
             for state in program.states
         ],
@@ -99,7 +100,7 @@ def write_directory(program: Program, lowered: Lowered, destination: Path) -> Pa
 
 
 def zero_states(states: Sequence[State], batch: int) -> list[Tensor]:
-    return [torch.zeros(batch, *state.shape) for state in states]
+    return [state.zeros(batch) for state in states]
 
 
 def feed(stream: Stream, tokens: Tensor, states: list[Tensor], cuts: Iterable[int]) -> tuple[Tensor, list[Tensor]]:

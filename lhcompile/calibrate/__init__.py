@@ -1,7 +1,7 @@
-"""Stage: the tokens that decide how far filters are reduced, and the tokens that judge the result.
+"""Stage: the sequences that decide how far filters are reduced, and those that judge the result.
 
-From a file, or sampled from the model itself. Half of the sequences calibrate, the other half are held out for the
-figures in the report.
+Tokens from a file, or sampled from the model itself; features from a file, or white noise. Half of the sequences
+calibrate, the other half are held out for the figures in the report.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lhcompile.artifacts import Program, Tokens
+from lhcompile.artifacts import Program, Sequences
+from lhcompile.calibrate.features import read_features
 from lhcompile.config import CalibrationConfig
 from lhcompile.errors import ConfigError
 from lhcompile.parallel import one_thread
 
-__all__ = ["calibrate", "check_readable", "token_limit"]
+__all__ = ["SAMPLED_LENGTH", "calibrate", "check_readable", "token_limit"]
 
 LENGTH = 1024
 """Longest sequence used: longer contexts are calibrated on their first positions."""
@@ -33,32 +34,56 @@ SAMPLED_SEQUENCES, SAMPLED_LENGTH = 16, 512
 
 def calibrate(
     config: CalibrationConfig, program: Program, parameters: int, streamed: Callable[[], Program]
-) -> Tokens:
-    """Calibration and held-out tokens, each int64 [sequences, time] with time ≤ the context.
+) -> Sequences:
+    """Calibration and held-out sequences, int64 [sequences, time] or float32 [sequences, time, features] each.
 
-    program:    the recognized program, for its context and its number of tokens
+    program:    the recognized program, for its context, its signal and its number of tokens; time ≤ the context
     parameters: of the model, to keep the work of a large one within minutes
-    streamed:   gives a streamed program to sample from; called only when there is no file
+    streamed:   gives a streamed program to sample tokens from; called only when there is no file
 
-    Raises ConfigError when the file cannot be read, is too short, or holds token ids the model has not.
+    Raises ConfigError when the file cannot be read, is too short, or holds what the model does not take.
     """
-    limit = token_limit(program)
     length = min(LENGTH, program.context)
     count = config.sequences or max(2, min(SEQUENCES, WORK // (parameters * length)))
+    if program.signal.features is not None:
+        return _features(config, program, program.signal.features, length, count)
+    limit = token_limit(program)
     if config.calibration is None:
         count = config.sequences or min(count, SAMPLED_SEQUENCES)
         rows = _sample(streamed(), 2 * count, min(length, SAMPLED_LENGTH), limit, config.seed)
-        return Tokens(rows[:count], rows[count:], "sampled from the model", sampled=True)
+        return Sequences(rows[:count], rows[count:], "sampled from the model", sampled=True)
     stream = _read(config.calibration, config.tokenizer, limit, program.reads_bytes)
     length = min(length, len(stream) // 2)
     if length < 8:
         raise ConfigError(f"{config.calibration} holds {len(stream)} tokens; calibration needs at least 16")
     half = len(stream) // 2
-    return Tokens(
+    return Sequences(
         _windows(stream[:half], length, count),
         _windows(stream[half:], length, count),
         str(config.calibration),
     )
+
+
+def _features(config: CalibrationConfig, program: Program, features: int, length: int, count: int) -> Sequences:
+    """Sequences of a continuous signal, float32 [sequences, time ≤ length, features] in each half."""
+    if config.tokenizer is not None:
+        raise ConfigError("the model takes features, not text: --tokenizer has no meaning for it")
+    if config.calibration is None:
+        rows = program.signal.random(2 * count, length, tokens=0, seed=config.seed)
+        return Sequences(rows[:count], rows[count:], f"white noise of size 1, seed {config.seed}")
+    halves = read_features(config.calibration, features)
+    length = min(length, halves[0].shape[1])
+    if length < 8:
+        raise ConfigError(f"{config.calibration} gives sequences of {length} positions; calibration needs at least 8")
+    calibration, heldout = (_pieces(half, length, count) for half in halves)
+    return Sequences(calibration, heldout, str(config.calibration))
+
+
+def _pieces(sequences: Tensor, length: int, count: int) -> Tensor:
+    """At most `count` pieces of sequences [sequences, time, features], spread evenly, [pieces, length, features]."""
+    whole = sequences.shape[1] // length * length
+    pieces = sequences[:, :whole].unflatten(1, (-1, length)).flatten(0, 1)
+    return pieces[_spread(len(pieces), count)]
 
 
 def token_limit(program: Program) -> int:
@@ -122,8 +147,12 @@ def _tokenized(path: Path, tokenizer: Path) -> Tensor:
 def _windows(stream: Tensor, length: int, count: int) -> Tensor:
     """At most `count` windows of `length` tokens, spread evenly, [windows, length]."""
     available = len(stream) // length
-    chosen = torch.linspace(0, available - 1, min(count, available)).round().long()
-    return stream[: available * length].reshape(available, length)[chosen]
+    return stream[: available * length].reshape(available, length)[_spread(available, count)]
+
+
+def _spread(available: int, count: int) -> Tensor:
+    """At most `count` of the indices below `available`, spread evenly."""
+    return torch.linspace(0, available - 1, min(count, available)).round().long()
 
 
 @one_thread()
@@ -132,7 +161,7 @@ def _sample(program: Program, rows: int, length: int, limit: int, seed: int) -> 
     """Sequences drawn token by token at temperature 1 from a random first token, [rows, length]."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, limit, (rows, 1), generator=generator)
-    states = [torch.zeros(rows, *state.shape) for state in program.states]
+    states = program.start(rows)
     sequence = [tokens]
     for _ in range(length - 1):
         logits, *states = program.graph(tokens, *states)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from lhcompile.artifacts import Signal
 from lhcompile.errors import CaptureError
 
 __all__ = ["UNBOUNDED_CONTEXT", "probe_context", "stored_taps"]
@@ -15,8 +16,8 @@ UNBOUNDED_CONTEXT = 2048
 """Context assumed for a module that takes any length; `--context` sets another."""
 
 
-def probe_context(module: torch.nn.Module) -> int:
-    """The longest length at which module(ids [1, length]) returns values for each position.
+def probe_context(module: torch.nn.Module, signal: Signal) -> int:
+    """The longest length at which the module returns values for each position of one sequence.
 
     Doubles the length until the module refuses or `UNBOUNDED_CONTEXT` is reached, then bisects.
     Raises CaptureError, with the module's own words, when even a short sequence is refused.
@@ -24,7 +25,7 @@ def probe_context(module: torch.nn.Module) -> int:
     good, bad, refusal = 0, UNBOUNDED_CONTEXT + 1, ""
     length = 8
     while length < bad:
-        refusal_here = _refusal(module, length)
+        refusal_here = _refusal(module, length, signal)
         if refusal_here is None:
             good, length = length, min(length * 2, UNBOUNDED_CONTEXT)
             if good == UNBOUNDED_CONTEXT:
@@ -33,10 +34,10 @@ def probe_context(module: torch.nn.Module) -> int:
             bad, refusal = length, refusal_here
             break
     if not good:
-        raise CaptureError(f"the module does not run on token ids [1, 8]: {refusal}")
+        raise CaptureError(f"the module does not run on {_described(signal)}: {refusal}")
     while bad - good > 1:
         middle = (good + bad) // 2
-        if _refusal(module, middle) is None:
+        if _refusal(module, middle, signal) is None:
             good = middle
         else:
             bad = middle
@@ -57,14 +58,18 @@ def stored_taps(graph: GraphModule) -> int | None:
     return min(lengths, default=None)
 
 
-def _refusal(module: torch.nn.Module, length: int) -> str | None:
+def _described(signal: Signal) -> str:
+    return "token ids [1, 8]" if signal.features is None else f"features [1, 8, {signal.features}]"
+
+
+def _refusal(module: torch.nn.Module, length: int, signal: Signal) -> str | None:
     """Why the module does not take this length, or None when it does."""
     try:
-        out = module(torch.zeros(1, length, dtype=torch.int64))
+        out = module(signal.constant(1, length))
     except Exception as error:  # the module is the user's: it may raise anything
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if not isinstance(out, torch.Tensor):
         return f"it returns a {type(out).__name__}, not a tensor"
     if out.ndim != 3 or out.shape[:2] != (1, length):
-        return f"its output has shape {list(out.shape)}, not [1, {length}, vocabulary]"
+        return f"its output has shape {list(out.shape)}, not [1, {length}, {signal.width}]"
     return None

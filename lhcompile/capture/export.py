@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr
 import torch
 from torch.fx import GraphModule, Node
 
-from lhcompile.artifacts import module_path, source_line
+from lhcompile.artifacts import Signal, module_path, source_line
 from lhcompile.errors import CaptureError
 from lhcompile.sizes import Point
 
@@ -35,15 +35,15 @@ _DROPOUT = {
 }
 
 
-def export_at(module: torch.nn.Module, point: Point) -> GraphModule:
-    """Export module(ids [batch, time]) at fixed sizes, without decompositions and without mutation."""
+def export_at(module: torch.nn.Module, point: Point, signal: Signal) -> GraphModule:
+    """Export the module at fixed sizes of its input, without decompositions and without mutation."""
     for path, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
             raise CaptureError(f"{path or 'the model'}: is a TorchScript module; torch.export takes the plain one")
-    ids = torch.zeros(point.batch, point.time, dtype=torch.int64)
+    given = signal.constant(point.batch, point.time)
     try:
         with _quiet():
-            exported = torch.export.export(module, (ids,), strict=False)
+            exported = torch.export.export(module, (given,), strict=False)
             if any(_mutates(node) for node in exported.graph.nodes):
                 exported = exported.run_decompositions({})
             graph = exported.module()

@@ -10,12 +10,15 @@ v = ∂ log p(y)/∂h, and the KL divergence of the changed model from the true 
 exactly, whatever the sequence does in time. Measured on a few deviations per filter, it gives the filter's
 *sensitivity*, KL per token for an error as large as the filter itself, and the costs of filters add up: their v are
 hardly correlated.
+
+The values f of a continuous signal are taken for the mean of a Gaussian of deviation σ in every channel. With
+σ² = mean‖f‖²/2 over positions, the KL divergence per position ½‖Δf‖²/σ² is the relative squared error of the outputs.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -64,9 +67,9 @@ class Convolutions:
         return torch.cat([torch.as_tensor(ear.power[node]) for node in self.nodes])
 
     def sensitivity(self, tokens: Tensor, reductions: Sequence[Reduction], seed: int = 0) -> Tensor:
-        """KL per token that a relative squared error of 1 costs, float64 [filters].
+        """KL per token (or relative squared error of the outputs) that a relative squared error of 1 costs, [filters].
 
-        tokens: [sequences, time], what is drawn from the model follows them position by position
+        tokens: [sequences, time, …], what is drawn from the model follows them position by position
         reductions: deviations to measure with, of the same filters, in the norm that `error` is meant in
         """
         deviations = torch.stack([reduction.taps(self.taps.shape[1]) - self.taps for reduction in reductions])
@@ -75,26 +78,33 @@ class Convolutions:
         generator = torch.Generator().manual_seed(seed)
         felt = torch.zeros_like(squares)
         draws = -(-DRAWS // tokens.shape[0])
+        deviation = self._deviation(tokens) if tokens.is_floating_point() else None
         for row in tokens.split(1):
-            for slopes in self._slopes(row, draws, generator):
+            for slopes in self._slopes(row, draws, generator, deviation):
                 felt += torch.einsum("fl,dfl->df", slopes, deviations).square()
-        cost = felt / (2 * tokens.numel() * draws)
+        cost = felt / (2 * tokens.shape[:2].numel() * draws)
         return (cost / scale).sum(0) / (squares / scale).sum(0).clamp_min(1e-300)
 
-    def _slopes(self, row: Tensor, draws: int, generator: torch.Generator) -> list[Tensor]:
-        """∂ log p(y)/∂h for sequences y drawn at every position of a row [1, time], [filters, length] each."""
+    @torch.no_grad()
+    def _deviation(self, features: Tensor) -> float:
+        """σ of the Gaussians around the values of features [sequences, time, features]."""
+        squares = sum(float(self.program(rows).double().square().sum()) for rows in features.split(4))
+        return max(squares / (2 * features.shape[:2].numel()), 1e-300) ** 0.5
+
+    def _slopes(
+        self, row: Tensor, draws: int, generator: torch.Generator, deviation: float | None
+    ) -> list[Tensor]:
+        """∂ log p(y)/∂h for sequences y drawn at every position of a row [1, time, …], [filters, length] each."""
         with torch.enable_grad():
             taps = self.taps.clone().requires_grad_()
-            chances = self.logits(taps, row)[0].log_softmax(-1)
-            drawn = torch.multinomial(chances.detach().exp(), draws, replacement=True, generator=generator)
+            outputs = self.outputs(taps, row)[0]
             found: list[Tensor] = []
-            for y in drawn.T:
-                likelihood = chances.gather(-1, y.unsqueeze(-1)).sum()
+            for likelihood in _likelihoods(outputs, draws, generator, deviation):
                 found += torch.autograd.grad(likelihood, taps, retain_graph=True)
         return found
 
-    def logits(self, taps: Tensor, rows: Tensor) -> Tensor:
-        """Logits [batch, time, vocab] of rows [batch, time] with other taps [filters, length], whose gradient flows."""
+    def outputs(self, taps: Tensor, rows: Tensor) -> Tensor:
+        """Logits, or values, of rows [batch, time, …] with other taps [filters, length], whose gradient flows."""
         layers = zip(self.nodes, taps.split(self.counts), strict=True)
         module = self.program.graph
         own = {_name(node): fitted[:, : taps_of(module, node).shape[1]].float() for node, fitted in layers}
@@ -106,6 +116,22 @@ class Convolutions:
         for node, fitted in zip(self.nodes, taps.split(self.counts), strict=True):
             setattr(module, _name(node), fitted[:, : taps_of(self.program.graph, node).shape[1]].float())
         return Program(module, self.program.context)
+
+
+def _likelihoods(
+    outputs: Tensor, draws: int, generator: torch.Generator, deviation: float | None
+) -> Iterator[Tensor]:
+    """log p(y), up to a constant, of sequences y drawn position by position by outputs [time, vocab or channels].
+
+    deviation: None for logits; σ of Gaussians around values, where y = f + σε has ∂ log p(y) = ε·∂f/σ
+    """
+    if deviation is not None:
+        for _ in range(draws):
+            yield (torch.randn(outputs.shape, generator=generator) * outputs).sum() / deviation
+        return
+    chances = outputs.log_softmax(-1)
+    for y in torch.multinomial(chances.detach().exp(), draws, replacement=True, generator=generator).T:
+        yield chances.gather(-1, y.unsqueeze(-1)).sum()
 
 
 class _Ear(Interpreter):

@@ -1,7 +1,8 @@
 """Healing: poles and residues of a distilled model, fine-tuned against the logits of its source.
 
 Reduction fits each filter by itself. What the filters of one model do together is fitted here: over all poles and
-residues, KL(source ‖ distilled) on calibration tokens descends for a bounded number of steps of Adam,
+residues, KL(source ‖ distilled) on calibration tokens descends for a bounded number of steps of Adam (of a continuous
+signal: the relative squared error of the outputs),
 
     h_t = D δ_t + Σ_entries Re(c λ^t),   λ = exp(−e^a + iθ)
 
@@ -45,9 +46,9 @@ def heal(
 ) -> tuple[Reduction, tuple[float, float]]:
     """A reduction after at most `steps` steps, or the one given where they did not help.
 
-    norm: of the reduction's errors; tokens: int64 [sequences, time]
+    norm: of the reduction's errors; tokens: int64 [sequences, time], or features float32 [sequences, time, features]
     sampled: judge by the KL divergence instead of the loss, as for tokens that were drawn from the source
-    Returns with it the figure that judged, before and after, nats per token.
+    Returns with it the figure that judged, before and after, nats per token; of features, a squared relative error.
     """
     source, length = convolutions.program, convolutions.taps.shape[1]
     if len(tokens) < 2:
@@ -59,7 +60,8 @@ def heal(
 
     def judge(taps: Tensor) -> float:
         model = convolutions.with_taps(taps)
-        return float((divergences(source, model, judged) if sampled else losses(model, judged)).mean())
+        by_divergence = sampled or judged.is_floating_point()
+        return float((divergences(source, model, judged) if by_divergence else losses(model, judged)).mean())
 
     entries = _Entries.of(reduction.system)
     head = reduction.taps(length) - reduction.system.taps(length)
@@ -70,20 +72,28 @@ def heal(
     for step in range(steps):
         rows = trained[torch.randperm(len(trained), generator=picks)[:BATCH]]
         with torch.no_grad():
-            truth = source(rows).log_softmax(-1)
+            truth = source(rows)
         with torch.enable_grad():
-            found = convolutions.logits(head + entries.taps(length), rows).log_softmax(-1)
-            divergence = (truth.exp() * (truth - found)).sum(-1).mean()
+            found = convolutions.outputs(head + entries.taps(length), rows)
+            divergence = _divergence(found, truth, continuous=rows.is_floating_point())
             optimizer.zero_grad()
             divergence.backward()
         optimizer.step()
         schedule.step()
-        say(f"healing, step {step + 1} of {steps}: KL {float(divergence.detach()):.2e}")
+        say(f"healing, step {step + 1} of {steps}: divergence {float(divergence.detach()):.2e}")
     system = entries.system(reduction.system, radius_limit(length))
     healed = replace(reduction, system=system, method=f"{reduction.method}, healed")
     healed = replace(healed, error=norm.relative(norm.taps - healed.taps(length)))
     before, after = (judge(each.taps(length)) for each in (reduction, healed))
     return (healed if after < before else reduction), (before, after)
+
+
+def _divergence(found: Tensor, truth: Tensor, continuous: bool) -> Tensor:
+    """Mean KL of logits [batch, time, vocab], or the relative squared error of values [batch, time, channels]."""
+    if continuous:
+        return (found - truth).square().sum() / truth.square().sum().clamp_min(1e-30)
+    found, truth = found.log_softmax(-1), truth.log_softmax(-1)
+    return (truth.exp() * (truth - found)).sum(-1).mean()
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ from lhcompile.artifacts import Distilled, DistilledLayer, Program, Trial, modul
 from lhcompile.config import DistillConfig
 from lhcompile.distill.bank import Bank
 from lhcompile.distill.convolutions import Convolutions, copied, taps_of
+from lhcompile.distill.given import as_convolutions, with_given
 from lhcompile.distill.heads import heads_at_price
 from lhcompile.distill.heal import heal
 from lhcompile.distill.norm import tap_norm
 from lhcompile.distill.reduction import factorize
 from lhcompile.distill.result import Reduction
-from lhcompile.distill.search import search
+from lhcompile.distill.search import Ruler, search
 from lhcompile.errors import BudgetError
 from lhcompile.measure import divergences, losses
 from lhcompile.ops import per_channel
@@ -52,22 +53,26 @@ def distill(
     say: Callable[[str], None] = lambda _: None,
     sampled: bool = False,
 ) -> Distilled:
-    """Replace every long convolution as `config` asks.
+    """Replace every long convolution as `config` asks; modal systems of the model's own stay, or are reduced like them.
 
     tokens: int64 [sequences, time] that weigh the filters and judge the budget; None fits all frequencies alike,
             which needs an order. say: told what is going on, a phrase at a time.
     sampled: the tokens were drawn from the model itself, where the expected rise of the loss is the KL divergence,
             which is known far better from few tokens than a difference of losses.
+    Of a continuous signal, float32 [sequences, time, features], the relative squared error of the outputs stands for
+    the divergence, and there is no loss.
 
     Raises BudgetError, naming the best that was reached, when no order up to `config.max_order` keeps the loss;
     DistillError, naming the module, for a filter that grows.
     """
     if config.exact:
         nodes = [node for node in program.graph.graph.nodes if node.target == lhc.long_conv.default]
-        return Distilled(program, tuple(_kept(program.graph, node) for node in nodes))
+        return Distilled(program, with_given(program, (_kept(program.graph, node) for node in nodes)))
+    if config.reduce:
+        program = as_convolutions(program)
     convolutions = Convolutions(program)
     if not convolutions.nodes:
-        return Distilled(program, ())
+        return Distilled(program, with_given(program, ()))
     weights = None
     if tokens is not None:
         say("listening to the convolutions' inputs")
@@ -88,7 +93,7 @@ def distill(
         norm = tap_norm(convolutions.taps, weights)
         reduction, healed = heal(convolutions, reduction, norm, tokens, config.heal, sampled, say)
     done, layers = _replaced(convolutions, reduction, uniform=config.uniform or config.order is not None)
-    return Distilled(done, layers, trials, healed)
+    return Distilled(done, with_given(program, layers), trials, healed)
 
 
 def _within_budget(
@@ -101,24 +106,26 @@ def _within_budget(
 ) -> tuple[Reduction, tuple[Trial, ...]]:
     """The smallest state whose loss on the tokens stays within the budget."""
     program, bank = convolutions.program, bank_of(None)
+    continuous = program.signal.features is not None
     probes = [bank.reduce(order, "hankel") for order in _PROBES]
     say("measuring how sensitive the model is to each filter")
     sensitivity = convolutions.sensitivity(tokens, probes)
     sharing = torch.cat([torch.full((c,), _channels(node) / c).double() for c, node in convolutions.layers])
-    reference = losses(program, tokens)
+    reference = None if continuous else losses(program, tokens)
+    ruler = Ruler(config.rise, None if reference is None else float(reference.mean()))
 
     def measured(reduction: Reduction) -> tuple[Tensor, Tensor | None]:
         model = convolutions.with_taps(reduction.single().taps(convolutions.taps.shape[1]))
-        if sampled:
+        if sampled or reference is None:
             return divergences(program, model, tokens), None
         return losses(model, tokens) - reference, divergences(program, model, tokens[::_EVERY])
 
     def searched(bank: Bank, kept: float = 0.0) -> tuple[Reduction, float, float, tuple[Trial, ...]]:
         """The systems, their number of states with those of the heads, the price of one, and what was tried."""
-        found, trials = search(bank, config, float(reference.mean()), sensitivity, sharing, measured, say)
+        found, trials = search(bank, config, ruler, sensitivity, sharing, measured, say)
         return found.reduction(bank), found.states(sharing) + kept, found.price, trials
 
-    best, price = None, config.rise * float(reference.mean() / sharing.sum())
+    best, price = None, ruler.limit / float(sharing.sum())
     trials: tuple[Trial, ...] = ()
     try:
         best = searched(bank)

@@ -8,11 +8,15 @@ prediction to second order is wrong where an error is large.
 one: over 32 768 tokens its standard error is half of a budget of 0.1 %. The KL divergence is ten times as sure. It is
 the rise that text drawn from the source model would see; that of real text is smaller, since no model predicts it
 perfectly. The budget is held against the mean of the two and two of its standard errors.
+
+*Continuous signals* have no loss. Their budget is the relative l2 error of the outputs, and its square is the cost that
+is predicted and measured in place of the divergence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,7 +27,7 @@ from lhcompile.distill.bank import Allocation, Bank, allocations, uniform
 from lhcompile.distill.reduction import Reduction
 from lhcompile.errors import BudgetError
 
-__all__ = ["ORDERS", "search"]
+__all__ = ["ORDERS", "Ruler", "search"]
 
 ORDERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 TINY = 1e-12
@@ -32,10 +36,39 @@ _FIRST = 8
 """Orders up to this are looked at first, then up to twice as much, and so on."""
 
 
+@dataclass(frozen=True)
+class Ruler:
+    """What a budget is measured in. Costs are divergences, nats per token, or squared relative errors of the outputs.
+
+    budget: the rise of the loss allowed, relative to `reference`, the source's; None for a continuous signal, whose
+        budget is the relative error of the outputs
+    """
+
+    budget: float
+    reference: float | None
+
+    @property
+    def limit(self) -> float:
+        """The cost that the budget allows."""
+        return self.budget**2 if self.reference is None else self.budget * max(self.reference, TINY)
+
+    def relative(self, cost: float) -> float:
+        """A cost in the budget's own unit."""
+        return max(cost, 0.0) ** 0.5 if self.reference is None else cost / max(self.reference, TINY)
+
+    def loss(self, cost: float) -> float:
+        """The loss of a model of this cost; of a continuous signal, the cost itself."""
+        return cost if self.reference is None else max(self.reference, TINY) + cost
+
+    @property
+    def subject(self) -> str:
+        return "error of the outputs" if self.reference is None else "rise of the loss"
+
+
 def search(
     bank: Bank,
     config: DistillConfig,
-    reference: float,
+    ruler: Ruler,
     sensitivity: Tensor,
     sharing: Tensor,
     measured: Callable[[Reduction], tuple[Tensor, Tensor | None]],
@@ -43,13 +76,13 @@ def search(
 ) -> tuple[Allocation, tuple[Trial, ...]]:
     """The smallest allocation within the budget, and all trials on the way.
 
-    reference: the source's loss; sensitivity: KL per token for a relative squared error of 1, [filters]
+    ruler: of the budget; sensitivity: cost for a relative squared error of a filter of 1, [filters]
     sharing: channels that run through each filter, each with states of its own, [filters]
     measured: by how much the loss of the model with these systems is above the source's, nats per token, [sequences],
-    and its KL divergence from the source alike; None where the first is the KL divergence itself
+    and its divergence from the source alike; None where the first is the divergence itself
     Raises BudgetError naming the best that was reached.
     """
-    scale, trials = max(reference, TINY), []
+    trials: list[Trial] = []
     limit = min(_FIRST, config.max_order)
     while True:
         orders = _orders(limit, config.uniform)
@@ -58,13 +91,13 @@ def search(
 
         def passes(allocation: Allocation) -> bool:
             rises, divergences = measured(allocation.reduction(bank))
-            rise = float(rises.mean()) / scale
-            trial = Trial(allocation.mean, reference + rise * scale, rise, expected(rises, divergences) / scale)
+            cost, sure = float(rises.mean()), expected(rises, divergences)
+            trial = Trial(allocation.mean, ruler.loss(cost), ruler.relative(cost), ruler.relative(sure))
             trials.append(trial)
-            say(f"mean order {trial.order:.2f}: {trial.expected:+.3%} expected, {100 * config.rise:.3g}% allowed")
-            return trial.expected <= config.rise
+            say(f"mean order {trial.order:.2f}: {trial.expected:+.3%} expected, {100 * ruler.budget:.3g}% allowed")
+            return trial.expected <= ruler.budget
 
-        enough = [place for place, step in enumerate(ladder) if step.predicted <= config.rise * scale]
+        enough = [place for place, step in enumerate(ladder) if step.predicted <= ruler.limit]
         best = _cheapest(ladder, enough[0] if enough else len(ladder) - 1, passes)
         if best is not None:
             return best, tuple(trials)
@@ -73,7 +106,7 @@ def search(
         limit = min(2 * limit, config.max_order)
     least = min(trials, key=lambda trial: trial.expected)
     raise BudgetError(
-        f"no order up to {config.max_order} keeps the rise of the loss within {100 * config.rise:.3g}%: the best is "
+        f"no order up to {config.max_order} keeps the {ruler.subject} within {100 * ruler.budget:.3g}%: the best is "
         f"{least.expected:+.3%} at mean order {least.order:.3g}; allow more with --budget or --max-order, or keep taps "
         "with --exact"
     )

@@ -1,11 +1,11 @@
-"""Loading: from a file or a factory to a torch module that maps token ids to logits."""
+"""Loading: from a file or a factory to a torch module that maps token ids to logits, or features to values."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from lhcompile.artifacts import LoadedModel
+from lhcompile.artifacts import LoadedModel, Signal
 from lhcompile.errors import CheckpointError, ConfigError
 
 __all__ = ["load"]
@@ -14,14 +14,20 @@ FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 
 
 def load(
-    model: str, *, checkpoint: Path | None = None, config: Path | None = None, context: int | None = None
+    model: str,
+    *,
+    checkpoint: Path | None = None,
+    config: Path | None = None,
+    context: int | None = None,
+    features: int | None = None,
 ) -> LoadedModel:
     """The model a user names.
 
-    model: a checkpoint file of a known family, a torch.export archive (.pt2), or `package.module:factory`
+    model: a checkpoint file or folder of a known family, a torch.export archive (.pt2), or `package.module:factory`
     checkpoint: the state dict for a factory's module
     config: YAML or JSON with options the file does not hold, or the factory's keyword arguments
     context: the longest sequence to compile for, where the source does not say or a shorter one will do
+    features: channels of the continuous signal that a factory's module takes; None for token ids
 
     Raises CheckpointError for what is wrong with a file, ConfigError for what is wrong with the options.
     """
@@ -31,9 +37,11 @@ def load(
     if FACTORY.match(model) and not path.exists():
         from lhcompile.load.module import load_module
 
-        return load_module(model, checkpoint, config, context)
+        return load_module(model, checkpoint, config, context, Signal(features))
     if checkpoint is not None:
         raise ConfigError(f"{model}: --checkpoint goes with package.module:factory, not with a file")
+    if features is not None:
+        raise ConfigError(f"{model}: --features goes with package.module:factory; a file says what it takes")
     if path.suffix == ".pt2":
         from lhcompile.load.archive import load_archive
 

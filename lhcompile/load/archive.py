@@ -13,18 +13,19 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from lhcompile.artifacts import LoadedModel
+from lhcompile.artifacts import LoadedModel, Signal
 from lhcompile.errors import CheckpointError, ConfigError
 from lhcompile.load.archive_check import refuse_unsafe
 from lhcompile.load.module import LogitsOnly
 
 __all__ = ["load_archive"]
 
+EXPECTED = "input_ids int64 [batch, seq], or features float32 [batch, seq, features]"
 HOW = 'torch.export.export(model, (ids,), dynamic_shapes=({0: Dim("batch"), 1: Dim("seq", max=…)},))'
 
 
 def load_archive(path: Path, context: int | None) -> LoadedModel:
-    """The program of a .pt2 file as a module, input_ids int64 [batch, seq] → logits [batch, seq, vocab].
+    """The program of a .pt2 file as a module: what its one input says, token ids to logits or features to values.
 
     Raises CheckpointError when the file is missing, damaged, could run code, or is not such a program;
     ConfigError when `context` exceeds what the program allows.
@@ -34,7 +35,7 @@ def load_archive(path: Path, context: int | None) -> LoadedModel:
     data = path.read_bytes()
     refuse_unsafe(data, path)
     program = _program(data, path)
-    longest = _longest(program, path)
+    signal, longest = _input(program, path)
     if context is not None and longest is not None and context > longest:
         raise ConfigError(f"context {context} is beyond {path}'s own limit of {longest}")
     for name, tensor in program.state_dict.items():
@@ -54,6 +55,7 @@ def load_archive(path: Path, context: int | None) -> LoadedModel:
         parameters=sum({p.data_ptr(): p.numel() for p in program.parameters()}.values()),
         source=str(path),
         notes=("the program's own guards are not checked",),
+        signal=signal,
     )
 
 
@@ -83,20 +85,20 @@ def _weights_only() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def _longest(program: ExportedProgram, path: Path) -> int | None:
-    """The largest allowed seq, None without a limit; checks that there is one int64 [batch, seq] input."""
+def _input(program: ExportedProgram, path: Path) -> tuple[Signal, int | None]:
+    """What the program's one input takes, and the largest allowed seq, None without a limit."""
     names = program.graph_signature.user_inputs
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     if len(names) != 1 or len(values) != 1 or not isinstance(values[0], torch.Tensor):
-        raise CheckpointError(f"{path}: takes {len(names)} inputs, expected one: input_ids int64 [batch, seq]")
-    ids = values[0]
-    if ids.dtype != torch.int64 or ids.ndim != 2:
-        raise CheckpointError(
-            f"{path}: takes {ids.dtype} of {ids.ndim} dimensions, expected input_ids int64 [batch, seq]"
-        )
-    if not all(isinstance(size, torch.SymInt) for size in ids.shape):
-        shape = "[" + ", ".join(str(size) for size in ids.shape) + "]"
+        raise CheckpointError(f"{path}: takes {len(names)} inputs, expected one: {EXPECTED}")
+    (given,) = values
+    if (given.dtype, given.ndim) not in ((torch.int64, 2), (torch.float32, 3)):
+        raise CheckpointError(f"{path}: takes {given.dtype} of {given.ndim} dimensions, expected {EXPECTED}")
+    dynamic = [isinstance(size, torch.SymInt) for size in given.shape]
+    if dynamic != [True, True, False][: given.ndim]:
+        shape = "[" + ", ".join(str(size) for size in given.shape) + "]"
         raise CheckpointError(f"{path}: was exported for the shape {shape}; make batch and seq dynamic: {HOW}")
-    bounds = program.range_constraints.get(ids.shape[1].node.expr)  # type: ignore[attr-defined]
+    signal = Signal(int(given.shape[2])) if given.ndim == 3 else Signal()
+    bounds = program.range_constraints.get(given.shape[1].node.expr)
     upper = None if bounds is None else bounds.upper
-    return int(upper) if upper is not None and getattr(upper, "is_Integer", False) else None
+    return signal, int(upper) if upper is not None and getattr(upper, "is_Integer", False) else None

@@ -1,10 +1,12 @@
 """Reads state dicts from files nobody vouches for, and fills modules with them.
 
-Only weights are read: torch's weights-only loader and safetensors. Nothing in a file is executed.
+Only weights are read: torch's weights-only loader and safetensors, both mapped from the file, so that a tensor takes
+memory when it is used. Nothing in a file is executed.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import struct
@@ -22,15 +24,18 @@ import torch
 from torch import Tensor, nn
 
 from lhcompile.errors import CheckpointError
+from lhcompile.load.configuration import read_mapping
+from lhcompile.load.folder import CONFIG, weights_in
 from lhcompile.load.inert import read_inert, tensors_of
 
 __all__ = ["SUFFIXES", "Checkpoint", "fill", "read_checkpoint", "shape_text", "without_prefix"]
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 WRAPPERS = ("state_dict", "model_state_dict", "model")
-PREFIXES = ("", "model.", "module.", "_orig_mod.", "module.model.", "model._orig_mod.", "_orig_mod.model.")
+PREFIXES = ("", "model.", "module.", "_orig_mod.", "module.model.", "model._orig_mod.", "_orig_mod.model.", "backbone.")
 # Names from the standard library that data may hold; any other means the file wants to run something.
 HARMLESS_MODULES = {"_codecs", "argparse", "collections", "copyreg", "datetime", "decimal", "enum", "pathlib"}
+EXTRA = "_extra_state"  # what fused layers keep beside their weights, often as io.BytesIO
 HARMLESS_BUILTINS = {"bytearray", "complex", "dict", "frozenset", "list", "object", "range", "set", "slice", "tuple"}
 DAMAGE = (
     RuntimeError, EOFError, KeyError, IndexError, ValueError, TypeError, AttributeError, OSError, AssertionError,
@@ -42,7 +47,7 @@ DAMAGE = (
 class Checkpoint:
     """tensors: by key, as stored; notes: what else was in the file and is not used.
 
-    config: the options that lay beside the weights in a folder (config.json), empty for a file alone
+    path: the file or the folder; config: the options that lay beside the weights (config.json), empty if none did
     """
 
     path: Path
@@ -50,19 +55,54 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def config_file(self) -> Path:
+        """Where `config` was found."""
+        return (self.path if self.path.is_dir() else self.path.parent) / CONFIG
+
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The state dict of a .pt, .pth, .ckpt, .bin or .safetensors file, its wrapper removed.
+    """The state dict of a .pt, .pth, .ckpt, .bin or .safetensors file, or of a folder of such; its wrapper removed.
 
-    Raises CheckpointError, in one line, when the file is missing, damaged, no checkpoint, or would run code.
+    A folder has the layout of Hugging Face (`weights_in`), or holds one checkpoint; its config.json becomes `config`.
+    That beside a single .safetensors file, which has no place for options, does too. Entries named *_extra_state
+    belong to no weight and are dropped.
+
+    Raises CheckpointError, in one line, when a file is missing, damaged, no checkpoint, or would run code; ConfigError
+    when config.json is no mapping.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path}: the checkpoint {what}")
+    if not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"{path}: the checkpoint does not exist")
+    found = _read_folder(path) if path.is_dir() else _read_file(path)
+    beside = found.config_file
+    if beside.is_file() and (path.is_dir() or path.suffix == ".safetensors"):
+        notes = () if path.is_dir() else (f"read the options in {CONFIG} beside the file",)
+        found = replace(found, config=read_mapping(beside), notes=found.notes + notes)
+    return found
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    weights = weights_in(folder, SUFFIXES)
+    tensors: dict[str, Tensor] = {}
+    notes = list(weights.notes)
+    for file in weights.files:
+        part = _read_file(file)
+        for key in part.tensors:
+            if key in tensors:
+                raise CheckpointError(f"{file}: {key!r} stands in another shard too")
+        tensors |= part.tensors
+        notes += [note for note in part.notes if note not in notes]
+    for key, name in weights.shards.items():
+        if key not in tensors and not key.endswith(EXTRA):
+            raise CheckpointError(f"{folder / name}: {key!r}, which the index says it holds, is not there")
+    return Checkpoint(folder, tensors, tuple(notes))
+
+
+def _read_file(path: Path) -> Checkpoint:
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty")
     if path.suffix == ".safetensors":
-        return Checkpoint(path, _read_safetensors(path))
+        return _unwrapped(path, _read_safetensors(path), [])
     content, notes = _read_torch(path)
     return _unwrapped(path, content, notes)
 
@@ -85,7 +125,8 @@ def _read_torch(path: Path) -> tuple[Any, list[str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped), []
+            with torch.serialization.safe_globals([io.BytesIO]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped), []
     except pickle.UnpicklingError as error:
         return _read_beside_foreign_classes(path, zipped, error)
     except DAMAGE as error:
@@ -128,6 +169,8 @@ def _foreign_names(path: Path, zipped: bool, error: Exception) -> list[str]:
 
 def _could_act(name: str) -> bool:
     top, _, rest = name.partition(".")
+    if name == "_io.BytesIO":
+        return False
     if top == "builtins" or not rest:  # torch drops the "builtins." of a name
         return (rest or top) not in HARMLESS_BUILTINS
     return top in sys.stdlib_module_names and top not in HARMLESS_MODULES
@@ -144,11 +187,16 @@ def _unwrapped(path: Path, content: Any, notes: list[str]) -> Checkpoint:
             content = content[wrapper]
             break
     tensors: dict[str, Tensor] = {}
+    dropped = 0
     for key, value in content.items():
-        if isinstance(value, Tensor):
+        if str(key).endswith(EXTRA):
+            dropped += 1
+        elif isinstance(value, Tensor):
             tensors[str(key)] = value
-        elif not str(key).endswith("_extra_state"):
+        else:
             raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor; not a state dict")
+    if dropped:
+        notes = [*notes, f"dropped what layers keep beside their weights (*{EXTRA})"]
     if not tensors:
         raise CheckpointError(f"{path}: the state dict is empty")
     return Checkpoint(path, tensors, tuple(notes))
@@ -166,31 +214,52 @@ def without_prefix(checkpoint: Checkpoint, known: Collection[str]) -> Checkpoint
 
 
 def fill(module: nn.Module, checkpoint: Checkpoint, kind: str) -> None:
-    """Copies the tensors into the module, strictly. `kind` says in errors what the keys looked like.
+    """Copies the tensors into the module, strictly, widened to its dtypes. `kind` says what the keys looked like.
 
-    Raises CheckpointError naming the key when one is missing, unexpected, of a wrong shape, or not finite.
+    A module made on the meta device gets its memory here, tensor by tensor; parameters that it shares stay shared.
+
+    Raises CheckpointError naming the key when one is missing, unexpected, of a wrong shape or kind, or not finite.
     """
-    wanted = module.state_dict()
-    tensors, path = checkpoint.tensors, checkpoint.path
-    missing = [key for key in wanted if key not in tensors]
-    if missing:
-        expected = shape_text(wanted[missing[0]].shape)
-        raise CheckpointError(
-            f"{path}: missing key {missing[0]!r} of shape {expected}{_more(missing)}; it looked like {kind}"
-        )
-    unexpected = sorted(key for key in tensors if key not in wanted)
-    if unexpected:
-        raise CheckpointError(f"{path}: unexpected key {unexpected[0]!r}{_more(unexpected)}; it looked like {kind}")
+    wanted = module.state_dict(keep_vars=True)
+    _check_keys(wanted, checkpoint, kind)
     for key, value in wanted.items():
-        found = tensors[key]
-        if found.shape != value.shape:
-            shapes = f"{shape_text(found.shape)}, expected {shape_text(value.shape)}"
-            raise CheckpointError(f"{path}: {key!r} has shape {shapes}; it looked like {kind}")
-        if found.is_complex() and not value.is_complex():
-            raise CheckpointError(f"{path}: {key!r} is complex, expected {value.dtype}")
-        if not bool(torch.isfinite(found).all()):
-            raise CheckpointError(f"{path}: {key!r} holds NaN or infinite values")
-    module.load_state_dict(tensors)
+        _check_tensor(key, value, checkpoint, kind)
+    if not any(value.is_meta for value in wanted.values()):
+        module.load_state_dict({key: checkpoint.tensors[key] for key in wanted})
+        return
+    own: dict[int, Tensor] = {}
+    for key, value in wanted.items():
+        if id(value) not in own:
+            widened = checkpoint.tensors[key].to(value.dtype, copy=True)
+            own[id(value)] = nn.Parameter(widened) if isinstance(value, nn.Parameter) else widened
+    module.load_state_dict({key: own[id(value)] for key, value in wanted.items()}, assign=True)
+
+
+def _check_keys(wanted: Mapping[str, Tensor], checkpoint: Checkpoint, kind: str) -> None:
+    missing = [key for key in wanted if key not in checkpoint.tensors]
+    if missing:
+        expected = f"of shape {shape_text(wanted[missing[0]].shape)}"
+        raise CheckpointError(
+            f"{checkpoint.path}: missing key {missing[0]!r} {expected}{_more(missing)}; it looked like {kind}"
+        )
+    unexpected = sorted(key for key in checkpoint.tensors if key not in wanted)
+    if unexpected:
+        raise CheckpointError(
+            f"{checkpoint.path}: unexpected key {unexpected[0]!r}{_more(unexpected)}; it looked like {kind}"
+        )
+
+
+def _check_tensor(key: str, value: Tensor, checkpoint: Checkpoint, kind: str) -> None:
+    found, path = checkpoint.tensors[key], checkpoint.path
+    if found.shape != value.shape:
+        shapes = f"{shape_text(found.shape)}, expected {shape_text(value.shape)}"
+        raise CheckpointError(f"{path}: {key!r} has shape {shapes}; it looked like {kind}")
+    if found.is_complex() and not value.is_complex():
+        raise CheckpointError(f"{path}: {key!r} is complex, expected {value.dtype}")
+    if value.is_floating_point() and not found.is_floating_point():
+        raise CheckpointError(f"{path}: {key!r} is {found.dtype}, expected {value.dtype}")
+    if not bool(torch.isfinite(found).all()):
+        raise CheckpointError(f"{path}: {key!r} holds NaN or infinite values")
 
 
 def shape_text(shape: Collection[int]) -> str:

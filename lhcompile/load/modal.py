@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lhcompile import ops  # noqa: F401  (registers lhc::)
 
-__all__ = ["complex_modes", "real_modes"]
+__all__ = ["complex_modes", "real_form", "real_modes"]
 
 
 def complex_modes(u: Tensor, poles: Tensor, residues: Tensor, direct: Tensor) -> Tensor:
@@ -26,16 +26,17 @@ def complex_modes(u: Tensor, poles: Tensor, residues: Tensor, direct: Tensor) ->
     turned = r / (1 + 1j)
     none = torch.zeros_like(p.real)
     own, other = torch.cat([p.real, p.real]), torch.cat([none - p.imag, p.imag])
-    return _run(u, own, other, torch.cat([turned.real, none - turned.imag]), direct)
+    return real_form(u, own, other, torch.cat([turned.real, none - turned.imag]), direct)
 
 
 def real_modes(u: Tensor, poles: Tensor, residues: Tensor, direct: Tensor) -> Tensor:
     """The same with real poles and residues [channels, modes]."""
     own = poles.double().T
-    return _run(u, own, torch.zeros_like(own), residues.double().T, direct)
+    return real_form(u, own, torch.zeros_like(own), residues.double().T, direct)
 
 
-def _run(u: Tensor, own: Tensor, other: Tensor, readout: Tensor, direct: Tensor) -> Tensor:
+def real_form(u: Tensor, own: Tensor, other: Tensor, readout: Tensor, direct: Tensor) -> Tensor:
+    """The system of these tables [order, channels], as they stand in `lhcompile.ssm.RealModal`."""
     tables = (table.float().contiguous() for table in (own, other, readout, direct.double()))
     y, _ = torch.ops.lhc.modal_ssm(u, *tables, None, None, 1)
     return y

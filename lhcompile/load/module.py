@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lhcompile.artifacts import LoadedModel
+from lhcompile.artifacts import LoadedModel, Signal
 from lhcompile.errors import ConfigError, LhcompileError
 from lhcompile.load.checkpoint import fill, read_checkpoint, without_prefix
-from lhcompile.load.options import read_mapping, resolved
+from lhcompile.load.configuration import read_mapping, resolved
 
 __all__ = ["LogitsOnly", "load_module", "logits_of"]
 
@@ -36,8 +36,8 @@ class LogitsOnly(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        logits = logits_of(self.inner(input_ids))
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits = logits_of(self.inner(inputs))
         if logits is None:
             raise ConfigError(f"{type(self.inner).__name__}.forward returns no tensor")
         return logits
@@ -62,10 +62,12 @@ def logits_of(output: Any) -> Tensor | None:
     return next((found for part in parts if (found := logits_of(part)) is not None), None)
 
 
-def load_module(spec: str, checkpoint: Path | None, config: Path | None, context: int | None) -> LoadedModel:
+def load_module(
+    spec: str, checkpoint: Path | None, config: Path | None, context: int | None, signal: Signal
+) -> LoadedModel:
     """Calls the factory with the configuration's options as keyword arguments and fills what it returns.
 
-    The result maps input_ids [batch, seq] → logits [batch, seq, vocab]; the user's module is its `inner`.
+    The result maps what `signal` says to logits or values; the user's module is its `inner`.
     Raises ConfigError when the factory cannot be imported or fails, CheckpointError for the file's faults.
     """
     options: dict[str, Any] = {}
@@ -90,6 +92,7 @@ def load_module(spec: str, checkpoint: Path | None, config: Path | None, context
         source=spec,
         config=options,
         notes=notes,
+        signal=signal,
     )
 
 

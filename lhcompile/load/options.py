@@ -1,88 +1,186 @@
-"""Reads a user's configuration file: YAML or JSON, with the simple interpolations experiments use."""
+"""A model's options: merged from files and held against what a checkpoint's shapes say.
+
+A loader settles its options in three steps:
+
+    given = given_options(checkpoint, config, nested=("layer",), renamed={"bias": "use_bias"})
+    shaped = {"d_model": (d_model, EMBEDDING), …}            # option → (value, the key whose shape determines it)
+    options, notes = settle(HyenaConfig, given, shaped, supported={"num_blocks": (1,)}, ignored={"dropout", …})
+
+1. `given_options` reads --config (YAML or JSON, the family's own names) and config.json beside the weights. An option
+   of --config wins.
+2. What shapes determine is taken from them; an option that says otherwise is an error, null says nothing.
+3. `settle` makes the family's dataclass: each of its fields comes from the shapes, else from the options, checked
+   against the field's type, else from its default, which is noted as assumed. An option that is no field must be in
+   `supported`, with one of the values listed there, or in `ignored`, which names those that change nothing; any other
+   is an error.
+"""
 
 from __future__ import annotations
 
-import ast
-import operator
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from lhcompile.errors import ConfigError
+from lhcompile.load.checkpoint import Checkpoint
+from lhcompile.load.configuration import read_mapping, resolved
 
-__all__ = ["read_mapping", "resolved"]
+__all__ = ["HUGGING_FACE", "GivenOptions", "given_options", "settle", "unpadded_vocabulary"]
 
-INNERMOST = re.compile(r"\$\{([^${}]*)\}")
-DEPTH = 20
-ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-}
+HUGGING_FACE = frozenset({
+    "_commit_hash", "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward",
+    "custom_pipelines", "dtype", "eos_token_id", "id2label", "is_decoder", "is_encoder_decoder", "label2id",
+    "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict",
+    "sep_token_id", "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
+    "use_return_dict",
+})  # fmt: skip
+"""Options of every Hugging Face config.json that do not change a causal model's logits; for `ignored`."""
 
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping of a YAML or JSON file. Raises ConfigError when it is missing, malformed or no mapping."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: the configuration cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(f"{path}: the configuration is not valid YAML or JSON{line}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: the configuration is no mapping of options")
-    return content
+Options = TypeVar("Options")
 
 
-def resolved(section: Mapping[str, Any], root: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The scalar options of a section with `${...}` replaced, and the names of those that could not be.
+@dataclass(frozen=True)
+class GivenOptions:
+    """values: by name; files: where each stands; unresolved: names with interpolations that lead nowhere"""
 
-    `${a.b}` is looked up from the root, `${.a}` in the section, `${eval:…}` is arithmetic.
+    checkpoint: Path
+    values: dict[str, Any]
+    files: dict[str, Path]
+    unresolved: tuple[str, ...] = ()
+
+    def refuse(self, name: str, reason: str) -> ConfigError:
+        """The error that names the option, its value and its file."""
+        return ConfigError(f"{self.files.get(name, self.checkpoint)}: the option {name} {reason}")
+
+    def inside(self, name: str) -> GivenOptions:
+        """The options of the mapping that the option `name` is; none when it is null or not given."""
+        inner = self.values.get(name)
+        if inner is not None and not isinstance(inner, dict):
+            raise self.refuse(name, "is no mapping")
+        values = {str(key): value for key, value in (inner or {}).items()}
+        return GivenOptions(self.checkpoint, values, dict.fromkeys(values, self.files.get(name, self.checkpoint)))
+
+
+def given_options(
+    checkpoint: Checkpoint,
+    config: Path | None,
+    *,
+    sections: Collection[str] = ("model", "model_config"),
+    nested: Collection[str] = (),
+    renamed: Mapping[str, str] | None = None,
+) -> GivenOptions:
+    """The options of `checkpoint.config` and of the file `config`, whose own win.
+
+    sections: the first of these that a file has as a mapping holds the options, else its whole content does
+    nested: mappings among the options whose options stand beside the others
+    renamed: other names of options; a file that has both must give both one value
+
+    Raises ConfigError when a file cannot be read, a nested one is no mapping, or names contradict.
     """
-    found: dict[str, Any] = {}
-    unknown: list[str] = []
-    for name, value in section.items():
+    values: dict[str, Any] = {}
+    files: dict[str, Path] = {}
+    unresolved: list[str] = []
+    sources = [(checkpoint.config_file, checkpoint.config)] if checkpoint.config else []
+    for path, root in [*sources, *([(config, read_mapping(config))] if config else [])]:
+        section = next((root[name] for name in sections if isinstance(root.get(name), dict)), root)
+        found, unknown = resolved({k: v for k, v in section.items() if k not in nested}, root)
+        for name in nested:
+            inner = section.get(name)
+            if inner is not None and not isinstance(inner, dict):
+                raise ConfigError(f"{path}: the option {name} is no mapping")
+            more, more_unknown = resolved(inner or {}, root)
+            found, unknown = found | more, [*unknown, *more_unknown]
+        for name, standard in (renamed or {}).items():
+            if name in found:
+                value = found.pop(name)
+                if found.setdefault(standard, value) != value:
+                    raise ConfigError(f"{path}: the options {name} and {standard} are one but differ")
+        values |= found
+        files |= dict.fromkeys(found, path)
+        unresolved += unknown
+    return GivenOptions(checkpoint.path, values, files, tuple(unresolved))
+
+
+def settle(
+    kind: type[Options],
+    given: GivenOptions,
+    shaped: Mapping[str, tuple[Any, str]],
+    *,
+    supported: Mapping[str, tuple[Any, ...]] | None = None,
+    ignored: Collection[str] = (),
+) -> tuple[Options, list[str]]:
+    """(the family's options, notes on what was assumed); see the module.
+
+    kind: a dataclass; shaped: option → (value, the key whose shape determines it)
+    supported: options that are no fields of it → the values that change nothing or are built in
+    ignored: options, or fields, that matter to training only; such fields keep their defaults
+
+    Raises ConfigError naming the file and the option.
+    """
+    names = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
+    free: dict[str, Any] = {}
+    for name, value in given.values.items():
+        if supported and name in supported:
+            if value not in supported[name]:
+                raise given.refuse(name, f"= {value!r} is not supported")
+        elif name in shaped and name not in ignored:
+            made, key = shaped[name]
+            if value is not None and (tuple(value) if isinstance(value, list) else value) != made:
+                raise given.refuse(name, f"is {value}, but {key!r} in the checkpoint makes it {made}")
+        elif name in names and name not in ignored:
+            free[name] = value
+        elif name not in ignored:
+            raise ConfigError(f"{given.files[name]}: unknown option {name!r}")
+    assumed = [name for name in names if name not in free and name not in shaped and name not in ignored]
+    for name in assumed:
+        if names[name] is MISSING:
+            raise ConfigError(f"{given.checkpoint}: the option {name} must be given in --config: no shape says it")
+    sizes = {name: value for name, (value, _) in shaped.items() if name in names}
+    options = kind(**{**sizes, **_checked(kind, given, free, sizes)})
+    notes = [f"ignored interpolations: {', '.join(lost)}"] if (lost := _lost(given, ignored)) else []
+    if assumed:
+        told = ", ".join(f"{name} {getattr(options, name)}" for name in assumed)
+        notes.append(f"assumed, as neither file says otherwise: {told}")
+    return options, notes
+
+
+def _lost(given: GivenOptions, ignored: Collection[str]) -> list[str]:
+    return [name for name in given.unresolved if name not in ignored]
+
+
+def _checked(kind: type, given: GivenOptions, free: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The free options as their fields' types."""
+    hints = get_type_hints(kind)
+    checked = {}
+    for name, value in free.items():
+        choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+        if choices and value not in choices:
+            raise given.refuse(name, f"is {value!r}, not one of {', '.join(map(str, choices))}")
         try:
-            found[str(name)] = _value(value, section, root)
-        except (LookupError, ValueError, SyntaxError, ArithmeticError):
-            unknown.append(str(name))
-    return found, unknown
+            kinds = (hints[name], *get_args(hints[name]))
+            if (bool not in kinds) if isinstance(value, bool) else hints[name] is bool:  # neither stands for the other
+                raise ValueError
+            checked[name] = TypeAdapter(hints[name]).validate_python(value)
+        except (ValidationError, ValueError):
+            raise given.refuse(name, f"cannot be {value!r}") from None
+    return checked
 
 
-def _value(value: Any, section: Mapping[str, Any], root: Mapping[str, Any]) -> Any:
-    for _ in range(DEPTH):
-        match = INNERMOST.search(value) if isinstance(value, str) else None
-        if match is None:
-            return value
-        inner = _interpolated(match[1].strip(), section, root)
-        whole = match.span() == (0, len(value))
-        value = inner if whole else value[: match.start()] + str(inner) + value[match.end() :]
-    raise ValueError("too deep")
+def unpadded_vocabulary(given: GivenOptions, rows: int, key: str) -> int:
+    """The vocabulary without padding: the options' where they say it, else all rows of the embedding `key`.
 
-
-def _interpolated(text: str, section: Mapping[str, Any], root: Mapping[str, Any]) -> Any:
-    if text.startswith("eval:"):
-        return _arithmetic(ast.parse(text.removeprefix("eval:").strip(), mode="eval").body)
-    scope: Any = section if text.startswith(".") else root
-    for part in text.removeprefix(".").split("."):
-        if not isinstance(scope, Mapping):
-            raise LookupError(text)
-        scope = scope[part]
-    if isinstance(scope, Mapping | list):
-        raise LookupError(text)
-    return scope
-
-
-def _arithmetic(node: ast.expr) -> Any:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        return node.value
-    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        return ARITHMETIC[type(node.op)](_arithmetic(node.left), _arithmetic(node.right))
-    raise ValueError("not arithmetic")
+    Raises ConfigError when vocab_size, rounded up to pad_vocab_size_multiple, is not `rows`.
+    """
+    vocab, multiple = given.values.get("vocab_size", rows), given.values.get("pad_vocab_size_multiple", 1)
+    if not all(isinstance(n, int) and n > 0 for n in (vocab, multiple)):
+        file = given.files.get("vocab_size") or given.files["pad_vocab_size_multiple"]
+        raise ConfigError(f"{file}: the options vocab_size and pad_vocab_size_multiple must be positive integers")
+    if -(-vocab // multiple) * multiple != rows:
+        raise given.refuse(
+            "vocab_size",
+            f"is {vocab} (pad_vocab_size_multiple {multiple}), but {key!r} in the checkpoint has {rows} rows",
+        )
+    return int(vocab)

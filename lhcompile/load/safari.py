@@ -1,12 +1,13 @@
-"""The Hyena language model of the safari checkpoints, as modules of the same names.
+"""The Hyena operator and language model of the safari checkpoints, as modules of the same names.
 
 State dicts load by name. Per layer, with gates x_0 … x_{N-1} and value v taken in that order from the
 short-filtered projection, and N = `order`:
 
-    v ← h_o * (x_{N-1-o} · v) + b_o · (x_{N-1-o} · v)     for o = 0 … N-2
+    u = x_{N-1-o} · v,   v ← h_o * u + b_o · u            for o = 0 … N-2
     y = out_proj(activation(x_0 · v))
     h = MLP(z) · (exp(−t·|deltas|) + shift)               (the second factor only if `modulate`)
 
+With `outer_mixing` u = (Σ_channels x_{N-1-o}) · v; with `post_order_ffn` v is scaled by ord_proj_w[o] after each o.
 z and t are stored tables indexed by lag; a sequence shorter than `l_max` uses their beginning. A longer
 one has no defined meaning and is refused.
 """
@@ -16,15 +17,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "FILTER_LAYOUTS", "HyenaConfig", "HyenaLM", "HyenaMixer", "fft_convolution"]
+from lhcompile.load.lm import LanguageModel, LMConfig
 
-FILTER_LAYOUTS = ("full", "standalone")
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+__all__ = ["ACTIVATIONS", "HyenaConfig", "HyenaFilter", "HyenaLM", "HyenaMixer", "fft_convolution"]
+
+Activation = Literal["id", "identity", "linear", "tanh", "relu", "gelu", "silu", "swish", "sigmoid", "softplus"]
+ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
     "id": nn.Identity,
     "identity": nn.Identity,
     "linear": nn.Identity,
@@ -38,19 +41,14 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@dataclass(frozen=True)
-class HyenaConfig:
+@dataclass(frozen=True, kw_only=True)
+class HyenaConfig(LMConfig):
     """Options of the model, under safari's names (`use_bias` is safari's filter option `bias`).
 
-    vocab_size: rows of the embedding, padding included
     filter_layout: how filter channels hold (channel, order): "full" has the order fastest,
         "standalone" slowest; alike for order 2
     """
 
-    d_model: int
-    n_layer: int
-    d_inner: int
-    vocab_size: int
     l_max: int
     order: int = 2
     emb_dim: int = 3
@@ -62,10 +60,10 @@ class HyenaConfig:
     shift: float = 0.0
     normalized: bool = False
     use_bias: bool = True
-    activation: str = "id"
-    layer_norm_epsilon: float = 1e-5
-    filter_layout: str = "full"
-    tie_word_embeddings: bool = True
+    activation: Activation = "id"
+    outer_mixing: bool = False
+    post_order_ffn: bool = False
+    filter_layout: Literal["full", "standalone"] = "full"
 
 
 def fft_convolution(u: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
@@ -130,13 +128,17 @@ class ExponentialModulation(nn.Module):
 
 
 class HyenaFilter(nn.Module):
-    """The implicit filter: an MLP over the lag. One Sin module serves all its layers."""
+    """The implicit filter: an MLP over the lag. One Sin module serves all its layers.
 
-    def __init__(self, config: HyenaConfig) -> None:
+    bias: [channels], for the operator to use; not there unless `direct`
+    """
+
+    def __init__(self, config: HyenaConfig, channels: int, direct: bool = True) -> None:
         super().__init__()
-        channels, width = config.d_model * (config.order - 1), config.filter_order
+        width = config.filter_order
         self.normalized = config.normalized
-        self.bias = nn.Parameter(torch.randn(channels))
+        if direct:
+            self.bias = nn.Parameter(torch.randn(channels))
         self.pos_emb = PositionalEmbedding(config.emb_dim, config.l_max)
         sin = Sin(width, config.w)
         layers: list[nn.Module] = [nn.Linear(config.emb_dim, width), sin]
@@ -163,12 +165,16 @@ class HyenaMixer(nn.Module):
         d, width = config.d_model, config.d_model * (config.order + 1)
         self.d_model, self.order, self.l_max = d, config.order, config.l_max
         self.use_bias, self.filter_layout = config.use_bias, config.filter_layout
+        self.outer_mixing = config.outer_mixing
         self.in_proj = nn.Linear(d, width)
         self.out_proj = nn.Linear(d, d)
         taps = config.short_filter_order
         self.short_filter = nn.Conv1d(width, width, taps, groups=width, padding=taps - 1)
-        self.filter_fn = HyenaFilter(config)
+        self.filter_fn = HyenaFilter(config, d * (config.order - 1))
         self.activation = ACTIVATIONS[config.activation]()
+        self.scaled = config.post_order_ffn
+        if self.scaled:
+            self.ord_proj_w = nn.Parameter(torch.ones(config.order, 1, 1))
 
     def _by_order(self, channels: Tensor) -> Tensor:
         """[..., channels] → [order - 1, d_model, ...]"""
@@ -184,74 +190,14 @@ class HyenaMixer(nn.Module):
         taps = self._by_order(self.filter_fn.filter(length)[0])
         bias = self._by_order(self.filter_fn.bias)
         for o, gate in enumerate(reversed(gates[1:])):
+            gate = gate.sum(1, keepdim=True) if self.outer_mixing else gate
             v = fft_convolution(v * gate, taps[o], bias[o] if self.use_bias else None)
+            v = v * self.ord_proj_w[o] if self.scaled else v
         return self.out_proj(self.activation((v * gates[0]).transpose(1, 2)))
 
 
-class Mlp(nn.Module):
-    """[..., d_model] → [..., d_model], with the tanh form of GELU."""
-
-    def __init__(self, config: HyenaConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.d_model, config.d_inner)
-        self.fc2 = nn.Linear(config.d_inner, config.d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class Block(nn.Module):
-    """add → norm1 → mixer → add → norm2 → mlp; takes and returns (hidden, residual)."""
-
-    def __init__(self, config: HyenaConfig) -> None:
-        super().__init__()
-        self.mixer = HyenaMixer(config)
-        self.norm1 = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-        self.mlp = Mlp(config)
-        self.norm2 = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-
-    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        residual = hidden if residual is None else hidden + residual
-        residual = self.mixer(self.norm1(residual)) + residual
-        return self.mlp(self.norm2(residual)), residual
-
-
-class Embeddings(nn.Module):
-    """[batch, seq] → [batch, seq, d_model]; there is no position table."""
-
-    def __init__(self, config: HyenaConfig) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.d_model)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.word_embeddings(input_ids)
-
-
-class Backbone(nn.Module):
-    """[batch, seq] → [batch, seq, d_model]"""
-
-    def __init__(self, config: HyenaConfig) -> None:
-        super().__init__()
-        self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        hidden, residual = self.embeddings(input_ids), None
-        for layer in self.layers:
-            hidden, residual = layer(hidden, residual)
-        return self.ln_f(hidden if residual is None else hidden + residual)
-
-
-class HyenaLM(nn.Module):
+class HyenaLM(LanguageModel):
     """input_ids int64 [batch, seq ≤ l_max] → logits [batch, seq, vocab_size]."""
 
     def __init__(self, config: HyenaConfig) -> None:
-        super().__init__()
-        self.backbone = Backbone(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.backbone.embeddings.word_embeddings.weight
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.lm_head(self.backbone(input_ids))
+        super().__init__(config, lambda: HyenaMixer(config), config.l_max)

@@ -1,6 +1,6 @@
 """Stage: streamed program in, ONNX step and prefill graphs out.
 
-PyTorch's exporter translates every ordinary operator; the three lhc operators are translated by the lowering of the
+PyTorch's exporter translates every ordinary operator; the lhc operators are translated by the lowering of the
 target (`portable`, `cpu`). Both graphs have the inputs `input_ids` and the states by layer, the outputs `logits`
 and the new states in the same order. Only batch is dynamic, and seq in prefill.
 """

@@ -45,8 +45,8 @@ def export_onnx(program: Program, lowering: type[Lowering], one_token: bool) -> 
                 dynamo=True,
                 opset_version=OPSET,
                 custom_translation_table=lowering(weights).table(),
-                input_names=["input_ids", *(state.name for state in program.states)],
-                output_names=["logits", *(state.output for state in program.states)],
+                input_names=[program.signal.input, *(state.name for state in program.states)],
+                output_names=[program.signal.output, *(state.output for state in program.states)],
                 optimize=True,
                 verbose=False,
             )
@@ -60,8 +60,8 @@ def _retrace(program: Program, one_token: bool) -> tuple[ExportedProgram, tuple[
     """Export the program with batch (and seq, unless it is one) dynamic."""
     batch = Dim("batch", min=1)
     time = 1 if one_token else 7
-    ids = torch.zeros(2, time, dtype=torch.int64)
-    arguments = (ids, *(torch.zeros(2, *state.shape) for state in program.states))
+    ids = program.signal.constant(2, time)
+    arguments = (ids, *program.start(2))
     dynamic = tuple({0: batch} for _ in program.states)
     ids_dynamic: dict[int, Any] = {0: batch} if one_token else {0: batch, 1: Dim("seq", min=1)}
     module = _simplified(program.graph, one_token)
@@ -140,7 +140,8 @@ def _name_axes(graph: ir.Graph) -> None:
     """The exporter's symbols for the sizes of the input become "batch" and "seq" in every shape."""
     ids = graph.inputs[0].shape
     assert ids is not None
-    names = {str(dim): name for dim, name in zip(ids, ("batch", "seq"), strict=True) if isinstance(dim, ir.SymbolicDim)}
+    axes = zip(ids, ("batch", "seq"), strict=False)  # features have a third axis, of fixed size
+    names = {str(dim): name for dim, name in axes if isinstance(dim, ir.SymbolicDim)}
 
     def renamed(dim: int | ir.SymbolicDim) -> int | str | None:
         if isinstance(dim, int) or dim.value is None:

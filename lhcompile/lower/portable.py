@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from onnxscript import opset20
 
+from lhcompile.lower import attention
 from lhcompile.lower.tables import chunk_tables, packing
 from lhcompile.ssm import RealModal, partners
 
@@ -42,6 +43,8 @@ class Lowering:
             lhc.fir.default: _function(self.fir),
             lhc.long_conv.default: _function(self.long_conv),
             lhc.modal_ssm.default: _function(self.modal_ssm),
+            lhc.position.default: _function(self.position),
+            lhc.attention.default: _function(self.attention),
         }
 
     def weight(self, value: Value) -> torch.Tensor:
@@ -54,10 +57,15 @@ class Lowering:
     fir: Callable[..., tuple[Value, Value]]
     long_conv: Callable[..., tuple[Value, Value]]
     modal_ssm: Callable[..., tuple[Value, Value]]
+    position: Callable[..., tuple[Value, Value]]
+    attention: Callable[..., tuple[Value, Value, Value]]
 
 
 class Step(Lowering):
     """One token, [batch, 1, channels]: elementwise operators on contiguous channels."""
+
+    position = staticmethod(attention.position_one)
+    attention = staticmethod(attention.attend_one)
 
     def fir(self, u: Value, weight: Value, bias: Value, state: Value, groups: int) -> tuple[Value, Value]:
         window = op.Concat(state, u, axis=1)
@@ -123,6 +131,9 @@ class Step(Lowering):
 
 class Prefill(Lowering):
     """Any number of tokens, [batch, time, channels]."""
+
+    position = staticmethod(attention.position)
+    attention = staticmethod(attention.attend)
 
     chunk = 32
     short = 8  # taps up to which a depthwise convolution is a sum of shifted products

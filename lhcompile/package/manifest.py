@@ -108,7 +108,10 @@ class Outputs(_Part):
 
 
 class State(_Part):
-    """A tensor carried from call to call, zero at the start; `shape` names its dynamic axes."""
+    """A tensor carried from call to call, zero at the start; `shape` names its dynamic axes.
+
+    capacity: how many positions a state that grows with the sequence has room for
+    """
 
     input: Name
     output: Name
@@ -116,6 +119,7 @@ class State(_Part):
     dtype: Literal["float32", "float16", "int64", "int32"]
     kind: Name
     module: str
+    capacity: Positive | None = None
 
     @model_validator(mode="after")
     def _has_batch(self) -> State:

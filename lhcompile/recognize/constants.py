@@ -52,11 +52,15 @@ class Constants:
         return value
 
     def value(self, node: Node, time: int) -> object:
-        """The value of a constant node for sequences of length `time`."""
+        """The value of a constant node for sequences of length `time`; masks, which are large, are not kept."""
         key = (node, time)
-        if key not in self._values:
-            self._values[key] = self._compute(node, time)
-        return self._values[key]
+        if key in self._values:
+            return self._values[key]
+        value = self._compute(node, time)
+        sizes = node.meta.get("sizes")
+        if not (isinstance(sizes, tuple) and sum(size is not None and size.has_time for size in sizes) > 1):
+            self._values[key] = value
+        return value
 
     def _compute(self, node: Node, time: int) -> object:
         size = node.meta.get("size")

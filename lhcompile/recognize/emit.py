@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from lhcompile import ops  # noqa: F401  (registers lhc::)
+from lhcompile.artifacts import Signal
 from lhcompile.recognize.values import FirTaps, LongTaps, Window, axes_of, refuse, tensor_sizes
 from lhcompile.sizes import BATCH, TIME, Size, emit_size
 
@@ -35,11 +36,15 @@ class Emitter:
         self.origin: Node | None = None
         self._emitted: dict[Size, Node | int] = {}
         self._constants = 0
+        self._positions: Node | None = None
+        self._tables: list[tuple[Tensor, Node]] = []
 
     def start(self, old: Node) -> Node:
-        """The token input, and the two sizes read from it."""
-        ids = self.graph.placeholder("input_ids")
-        ids.meta.update(old.meta, dtype=torch.int64)
+        """The data input, and the two sizes read from it."""
+        signal = Signal.read_by(old)
+        ids = self.graph.placeholder(signal.input)
+        ids.meta.update(old.meta, dtype=signal.dtype)
+        self._input = ids
         self.batch = self.graph.call_function(aten.sym_size.int, (ids, 0))
         self.time = self.graph.call_function(aten.sym_size.int, (ids, 1))
         self.batch.meta["size"], self.time.meta["size"] = BATCH, TIME
@@ -80,6 +85,9 @@ class Emitter:
             return x
         return self._like(x, aten.reshape.default, [self.size(size) for size in sizes], sizes)
 
+    def expand(self, x: Node, sizes: tuple[Size, ...]) -> Node:
+        return self._like(x, aten.expand.default, [self.size(size) for size in sizes], sizes)
+
     def cast(self, x: Node, dtype: torch.dtype) -> Node:
         """x as `dtype`; what is meant to be complex stays real."""
         if dtype.is_complex or dtype_of(x) == dtype:
@@ -97,6 +105,32 @@ class Emitter:
         return self.call(operator.getitem, (pair, 0), sizes)
 
     # ---- the operators -----------------------------------------------------------------------------------------
+
+    def position(self) -> Node:
+        """The place of every token, int64 [batch, time]: one node for the whole program."""
+        if self._positions is None:
+            pair = self.graph.call_function(torch.ops.lhc.position.default, (self._input, None))
+            self._positions = self.item(pair, (BATCH, TIME))
+            self._positions.meta["dtype"] = torch.int64
+        return self._positions
+
+    def by_position(self, table: Tensor, batch: int, time: int, name: str) -> Node:
+        """A constant that depends on the position as a signal: its entries at `time` are read by position.
+
+        table: [..., context at axis `time`, ...], of size 1 at axis `batch`
+        """
+        rest = [i for i in range(table.ndim) if i not in (batch, time)]
+        lead = table.permute(time, batch, *rest)[:, 0]
+        flat = lead.flatten(1) if rest else lead[:, None]
+        known = (node for value, node in self._tables if value.dtype == flat.dtype and torch.equal(value, flat))
+        rows = next(known, None)
+        if rows is None:
+            rows = self.constant(flat, name)
+            self._tables.append((flat, rows))
+        sizes = (BATCH, TIME, *(Size(0, 0, n) for n in lead.shape[1:]))
+        read = self.call(aten.embedding.default, (rows, self.position()), (BATCH, TIME, Size(0, 0, flat.shape[1])))
+        read.meta["dtype"] = table.dtype
+        return self.permute(self.reshape(read, sizes), [[batch, time, *rest].index(i) for i in range(table.ndim)])
 
     def convolution(self, window: Window, node: Node, delay: int, context: int) -> Node:
         """One lhc operator for a window that starts `delay` positions early, cut to the sequence, in float32.
@@ -177,7 +211,7 @@ class Emitter:
         )
         if wanted == sizes:
             return source
-        return self._like(source, aten.expand.default, [self.size(size) for size in wanted], wanted)
+        return self.expand(source, wanted)
 
 
 def dtype_of(new: Node) -> torch.dtype:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from lhcompile.artifacts import map_nodes
 from lhcompile.recognize.constants import Constants
 from lhcompile.recognize.emit import Emitter
-from lhcompile.recognize.values import Parts, Plain, Spectrum, Value, Window, refuse, tensor_sizes
+from lhcompile.recognize.values import Parts, Plain, Scores, Spectrum, Value, Window, refuse, tensor_sizes
 from lhcompile.sizes import Size
 
 __all__ = ["Rule", "Signals", "bind", "rank_of"]
@@ -55,7 +55,8 @@ class Signals:
         if isinstance(value, Window):
             value = self.values[node] = self._materialize(value, node)
         if not isinstance(value, Plain):
-            what = "a spectrum" if isinstance(value, (Spectrum, Parts)) else "several tensors"
+            what = "scores of attention" if isinstance(value, Scores) else "several tensors"
+            what = "a spectrum" if isinstance(value, (Spectrum, Parts)) else what
             raise refuse(reader, f"reads {what} in a way that is not understood")
         if cut and value.extra > 0:
             raise refuse(reader, f"its input is {value.extra} positions longer than the sequence and never cut")

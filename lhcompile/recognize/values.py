@@ -14,7 +14,20 @@ from lhcompile.artifacts import module_path, source_line
 from lhcompile.errors import RecognizeError
 from lhcompile.sizes import Size
 
-__all__ = ["FirTaps", "LongTaps", "Parts", "Plain", "Spectrum", "Value", "Window", "axes_of", "refuse"]
+__all__ = [
+    "Factor",
+    "FirTaps",
+    "LongTaps",
+    "Parts",
+    "Plain",
+    "Scores",
+    "Spectrum",
+    "Value",
+    "Window",
+    "axes_of",
+    "refuse",
+    "tensor_sizes",
+]
 
 Taps = Callable[[int], Tensor]
 """length of the sequence → a tensor that depends on weights and length alone"""
@@ -85,12 +98,50 @@ class Parts:
     window: Window
 
 
-Value = Plain | Window | Spectrum | Parts | list[Any]
+@dataclass(frozen=True)
+class Factor:
+    """A tensor of the new graph with a letter for each of its axes."""
+
+    node: Node
+    letters: str
+
+    def size(self, letter: str) -> Size:
+        return tensor_sizes(self.node)[self.letters.index(letter)]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every position against every other: scale · left · right, summed over the letters that `axes` lacks.
+
+    axes: letters of each axis of the old graph's tensor, several where they are merged, none where its size is 1
+    keys: the letter that counts the positions looked back at, once a causal mask has said which; "" before
+    weights: softmax has been taken over `keys`
+    """
+
+    left: Factor
+    right: Factor
+    axes: tuple[str, ...]
+    scale: float = 1.0
+    keys: str = ""
+    weights: bool = False
+
+    def size(self, letter: str) -> Size:
+        return (self.left if letter in self.left.letters else self.right).size(letter)
+
+    @property
+    def times(self) -> tuple[str, str]:
+        """The letters of the two time axes, in the order of the axes."""
+        first, second = (letter for letter in "".join(self.axes) if self.size(letter).has_time)
+        return first, second
+
+
+Value = Plain | Window | Spectrum | Parts | Scores | list[Any]
 
 
 def refuse(node: Node, reason: str) -> RecognizeError:
     """The error for `node`, with where it comes from."""
-    name = str(node.target).removeprefix("aten.").split(".")[0] if node.op == "call_function" else str(node.target)
+    target: Any = node.target
+    name = target._opname if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
     return RecognizeError(reason, module=module_path(node), operator=name, line=source_line(node))
 
 

@@ -10,16 +10,25 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lhcompile.artifacts import map_nodes
-from lhcompile.recognize import spectra, windows
+from lhcompile.recognize import attention, operators, spectra, windows
 from lhcompile.recognize.emit import dtype_of
 from lhcompile.recognize.pointwise import check_pointwise, doubled
-from lhcompile.recognize.signals import Signals
-from lhcompile.recognize.values import Plain, Value, refuse, tensor_sizes
-from lhcompile.sizes import Point, Size
+from lhcompile.recognize.signals import Rule, Signals
+from lhcompile.recognize.values import Plain, Value, axes_of, refuse, tensor_sizes
+from lhcompile.sizes import TIME, Point, Size
 
 __all__ = ["Walk"]
 
-_RULES = {**windows.RULES, **spectra.RULES}
+_RULES: dict[object, list[Rule]] = {}
+for _stage in (attention, windows, spectra, operators):
+    for _target, _rule in _stage.RULES.items():
+        _RULES.setdefault(_target, []).append(_rule)
+aten = torch.ops.aten
+_ANY_LAYOUT: dict[Any, Any] = dict.fromkeys((aten.view.default, aten._unsafe_view.default), aten.reshape.default)
+"""Operators that ask for a layout in memory, which is another in the new graph, and what they stand for."""
+SAME = 1e-6
+"""Entries of a table computed at two lengths that differ by less, as a share of the largest, are the same: kernels
+round the end of a vector differently."""
 
 
 class Walk(Signals):
@@ -28,6 +37,7 @@ class Walk(Signals):
     def __init__(self, module: GraphModule, context: int) -> None:
         super().__init__(module, context)
         self._folded: dict[Node, Node] = {}
+        self._tables: dict[Node, Tensor | None] = {}
 
     def run(self) -> GraphModule:
         """The new program."""
@@ -59,9 +69,11 @@ class Walk(Signals):
         if node.target is operator.getitem:
             whole = self.values[node.args[0]]  # type: ignore[index]
             if isinstance(whole, list):
-                return whole[node.args[1]]  # type: ignore[index]
-        rule = _RULES.get(node.target)
-        if rule is not None:
+                index: Any = node.args[1]
+                if index >= len(whole):
+                    raise refuse(node, "reads the state of an operator: sequences end with their outputs")
+                return whole[index]
+        for rule in _RULES.get(node.target, []):
             value = rule(self, node)
             if value is not None:
                 return value
@@ -76,20 +88,26 @@ class Walk(Signals):
             lengths = " and ".join(str(self.context + each) for each in sorted(extras))
             raise refuse(node, f"joins signals cut to {lengths} positions where the sequence has {self.context}")
         (extra,) = extras
+        signals = [value.node for value in settled.values()]
 
         def convert(arg: Node) -> Any:
             if arg in settled:
                 return settled[arg].node
             if "size" in arg.meta:
                 return self.emit.size(_shorten(arg.meta["size"], extra))
-            return self._fold(arg, node)
+            table = self._table(arg)
+            if table is None:
+                return self._fold(arg, node)
+            signals.append(self._by_position(arg, table, node, extra))
+            return signals[-1]
 
         args, kwargs = map_nodes((node.args, dict(node.kwargs)), convert)
         laws = node.meta["sizes"]
         several = isinstance(laws, list)
         sizes = [_cut(law, extra) for law in laws] if several else _cut(laws, extra)
-        self._check(node, args, kwargs, [value.node for value in settled.values()], sizes if several else [sizes])
-        new = self.emit.call(node.target, args, sizes, kwargs)
+        target = _ANY_LAYOUT.get(node.target, node.target)
+        self._check(node, target, args, kwargs, signals, sizes if several else [sizes])
+        new = self.emit.call(target, args, sizes, kwargs)
         if not several:
             new.meta["dtype"] = node.meta["val"].dtype
             return Plain(new, extra)
@@ -98,7 +116,9 @@ class Walk(Signals):
             part.meta["dtype"] = val.dtype
         return [Plain(part, extra) for part in parts]
 
-    def _check(self, node: Node, args: Any, kwargs: Any, inputs: list[Node], outputs: list[Any]) -> None:
+    def _check(
+        self, node: Node, target: Any, args: Any, kwargs: Any, inputs: list[Node], outputs: list[Any]
+    ) -> None:
         """Try the operator at small sizes; see `pointwise`."""
         unique = list(dict.fromkeys(inputs))
         for out in outputs:
@@ -115,7 +135,7 @@ class Walk(Signals):
 
             real_args, real_kwargs = map_nodes((args, kwargs), value)
             with torch.no_grad():
-                return node.target(*real_args, **real_kwargs)  # type: ignore[operator]
+                return target(*real_args, **real_kwargs)
 
         kinds = [(tensor_sizes(x), dtype_of(x)) for x in unique]
         check_pointwise(node, run, kinds, outputs)
@@ -129,6 +149,52 @@ class Walk(Signals):
             self._folded[arg] = self.emit.constant(value, arg.name)
         return self._folded[arg]
 
+    def _table(self, arg: Node) -> Tensor | None:
+        """A constant at the context length whose entries differ by position but not by the length; None for others."""
+        if arg not in self._tables:
+            self._tables[arg] = self._prefixed(arg)
+        return self._tables[arg]
+
+    def _prefixed(self, arg: Node) -> Tensor | None:
+        axes = [axis for axis, size in enumerate(arg.meta.get("sizes") or ()) if size.has_time]
+        if len(axes) != 1:
+            return None
+        (axis,), whole = axes, self.constants.tensor(arg, self.context)
+        if whole.is_complex():
+            return None
+        if torch.equal(whole.narrow(axis, 0, 1).expand_as(whole), whole):
+            return None
+        for time in (self.context // 2, self.context // 3):
+            part = self.constants.tensor(arg, time)
+            start = whole.narrow(axis, 0, part.shape[axis])
+            scale = start.double().abs().nan_to_num(posinf=0.0).amax()
+            if not torch.allclose(part.double(), start.double(), rtol=0.0, atol=SAME * float(scale), equal_nan=True):
+                return None
+        return whole
+
+    def _by_position(self, arg: Node, table: Tensor, reader: Node, extra: int) -> Node:
+        """A table read by position, laid out as `reader` takes it.
+
+        Its batch axis is its own, or the one that the result's has by broadcasting.
+        """
+        sizes, rank = arg.meta["sizes"], table.ndim
+        (time,) = (axis for axis, size in enumerate(sizes) if size.has_time)
+        laws = reader.meta["sizes"]
+        own = [axis for axis, size in enumerate(sizes) if size.has_batch]
+        if own:
+            batch = own[0]
+        elif isinstance(laws, tuple) and _broadcasts(reader):
+            table = table.reshape((1,) * (len(laws) - rank) + table.shape)
+            time += len(laws) - rank
+            batch, expected = axes_of(laws, reader)
+            time = time if time == expected else batch  # a time axis that lines up with no other
+        else:
+            batch = time
+        if batch == time or table.shape[batch] != 1 or _shorten(sizes[time - table.ndim], extra) != TIME or extra < 0:
+            raise refuse(reader, f"uses {arg.name}, a constant that depends on the absolute position")
+        table = table.narrow(time, 0, self.context)
+        return self.emit.by_position(table, batch, time, arg.name)
+
     def _timeless(self, arg: Node, reader: Node, time: int) -> Tensor:
         """A constant at one length, without its time axis."""
         value = self.constants.value(arg, time)
@@ -141,6 +207,10 @@ class Walk(Signals):
                     raise refuse(reader, f"uses {arg.name}, a constant that depends on the absolute position")
                 value = first
         return value
+
+
+def _broadcasts(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def _shorten(size: Size, extra: int) -> Size:

@@ -1,11 +1,15 @@
 """Stage: program of whole sequences in, program with states in and out.
 
-    before                                       after
-    y, _ = lhc.fir(x, w, b, None, groups)        y, s' = lhc.fir(x, w, b, s, groups)      s a graph input
-    return logits                                return logits, s', …
+    before                                            after
+    y, _ = lhc.fir(x, w, b, None, groups)             y, s' = lhc.fir(x, w, b, s, groups)      s a graph input
+    y, _, _ = lhc.attention(q, k, v, None, …, a)      y, k', v' = lhc.attention(q, k, v, keys, values, at, a)
+    places, _ = lhc.position(ids, None)               places, at' = lhc.position(ids, at)
+    return logits                                     return logits, s', k', v', …, at'
 
 Everything else in a recognized program treats each position on its own and passes through. The result takes any
-number of tokens, so a sequence may be fed whole, in cuts or token by token.
+number of tokens, so a sequence may be fed whole, in cuts or token by token. Where something depends on the absolute
+position, one counter for the whole program says where each row stands; keys, values and tables that are read by
+position have room for `capacity` positions.
 """
 
 from __future__ import annotations
@@ -13,86 +17,136 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
+from lhcompile import ops  # noqa: F401  (registers lhc::)
 from lhcompile.artifacts import Program, State, module_path
+from lhcompile.errors import ConfigError
+from lhcompile.streamify.names import names_of
 
-__all__ = ["streamify"]
+__all__ = ["check_capacity", "streamify"]
 
-lhc = torch.ops.lhc
-_STATE_ARGUMENT = {lhc.fir.default: 3, lhc.long_conv.default: 2, lhc.modal_ssm.default: 6}
-_KIND = {lhc.fir.default: "fir", lhc.long_conv.default: "long_conv", lhc.modal_ssm.default: "modal"}
-_LAYER_STATE = {"fir": "conv_state", "modal": "recurrent_state"}
+aten, lhc = torch.ops.aten, torch.ops.lhc
+_STATE_ARGUMENTS = {
+    lhc.fir.default: {"fir": 3},
+    lhc.long_conv.default: {"long_conv": 2},
+    lhc.modal_ssm.default: {"modal": 6},
+    lhc.attention.default: {"key": 3, "value": 4},
+}
+"""Operators with memory of their own: the kind of each state and the argument that takes it, in the order in which
+its successors follow the result."""
+_START = 5
+"""Attention's argument that takes the counter."""
 
 
-def streamify(program: Program) -> Program:
-    """Give every operator with memory its state as a graph input and its successor as an output."""
+def check_capacity(program: Program, capacity: int | None) -> None:
+    """Raise ConfigError for a --max-context that a recognized program cannot have."""
+    if capacity is None:
+        return
+    if capacity > program.context:
+        raise ConfigError(f"--max-context {capacity} is above the model's context of {program.context} positions")
+    if not _growing(program.graph.graph):
+        raise ConfigError("--max-context: no state of this model grows with the sequence")
+
+
+def streamify(program: Program, capacity: int | None = None) -> Program:
+    """Give every operator with memory its state as a graph input and its successor as an output.
+
+    capacity: positions that there is room for where something grows with the sequence; None for the context
+    """
     module = copy.copy(program.graph)
+    module.__dict__["_buffers"] = dict(program.graph._buffers)
     module.graph = copy.deepcopy(program.graph.graph)
-    graph = module.graph
-    keepers = [node for node in graph.nodes if node.target in _STATE_ARGUMENT]
-    names = _names([(_KIND[node.target], module_path(node)) for node in keepers])
-    (output,) = [node for node in graph.nodes if node.op == "output"]
-    last_input = next(node for node in graph.nodes if node.op == "placeholder")
-    states, successors = [], []
-    for node, (name, successor) in zip(keepers, names, strict=True):
-        with graph.inserting_after(last_input):
-            last_input = graph.placeholder(re.sub(r"\W", "_", name))
-        place = _STATE_ARGUMENT[node.target]
-        node.args = (*node.args[:place], last_input, *node.args[place + 1 :])
-        with graph.inserting_before(output):
-            successors.append(graph.call_function(operator.getitem, (node, 1)))
-        states.append(State(name, successor, _shape(module, node), _KIND[node.target], module_path(node)))
-    output.args = ((output.args[0], *successors),)
+    room = program.context if capacity is None else min(capacity, program.context)
+    keepers = [node for node in module.graph.nodes if node.target in _STATE_ARGUMENTS]
+    layers = [(kind, module_path(node)) for node in keepers for kind in _STATE_ARGUMENTS[node.target]]
+    names, inputs = iter(names_of(layers)), _Inputs(module.graph)
+    states: list[State] = []
+    for node in keepers:
+        shapes = _shapes(module, node, room)
+        for index, ((kind, place), shape) in enumerate(zip(_STATE_ARGUMENTS[node.target].items(), shapes, strict=True)):
+            growing = room if kind in ("key", "value") else None
+            states.append(State(*next(names), shape, kind, module_path(node), capacity=growing))
+            inputs.give(node, place, states[-1].name, index + 1)
+    if _growing(module.graph):
+        states.append(State("past.position", "present.position", (1,), "position", "the model", "int64", room))
+        _count(module, inputs, room)
+    inputs.close()
     module.recompile()
     return Program(graph=module, context=program.context, states=tuple(states))
 
 
-def _names(layers: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(input name, output name) of each state, from its (kind, module path).
+class _Inputs:
+    """The states' placeholders behind the data input, and their successors behind the logits."""
 
-    A layer with exactly one fir and one modal state, the only such layer of its number, has the names that
-    generation runtimes look for; any other layout is named by module and kind.
-    """
-    numbers = [re.match(r"(.*?\b(\d+))\b", path) for _, path in layers]
-    prefixes = [match.group(1) if match else "" for match in numbers]
-    kinds: dict[str, list[str]] = {}
-    for prefix, (kind, _) in zip(prefixes, layers, strict=True):
-        kinds.setdefault(prefix, []).append(kind)
-    pairs = {prefix for prefix, held in kinds.items() if prefix and sorted(held) == ["fir", "modal"]}
-    per_number = Counter(re.findall(r"\d+$", prefix)[0] for prefix in pairs)
-    seen: Counter[str] = Counter()
-    names = []
-    for prefix, match, (kind, path) in zip(prefixes, numbers, layers, strict=True):
-        if match and prefix in pairs and per_number[match.group(2)] == 1:
-            stem = f"{match.group(2)}.{_LAYER_STATE[kind]}"
-            names.append((f"past_key_values.{stem}", f"present.{stem}"))
-            continue
-        stem = f"{path}.{kind}".replace(" ", "_")
-        seen[stem] += 1
-        stem += f".{seen[stem] - 1}" if seen[stem] > 1 else ""
-        names.append((f"past.{stem}", f"present.{stem}"))
-    return names
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self.signal = self._last = next(node for node in graph.nodes if node.op == "placeholder")
+        (self._output,) = [node for node in graph.nodes if node.op == "output"]
+        self._successors: list[Node] = []
+
+    def add(self, name: str) -> Node:
+        with self._graph.inserting_after(self._last):
+            self._last = self._graph.placeholder(re.sub(r"\W", "_", name))
+        return self._last
+
+    def give(self, node: Node, place: int, name: str, result: int) -> None:
+        """A state for the argument at `place` of `node`, whose successor is its result of that index."""
+        node.update_arg(place, self.add(name))
+        with self._graph.inserting_before(self._output):
+            self._successors.append(self._graph.call_function(operator.getitem, (node, result)))
+
+    def close(self) -> None:
+        self._output.args = ((self._output.args[0], *self._successors),)
 
 
-def _shape(module: GraphModule, node: Node) -> tuple[int, ...]:
-    """The state's shape without batch, from the operator's weights and its input's channels."""
+def _growing(graph: Graph) -> list[Node]:
+    """The operators that depend on the absolute position."""
+    return [node for node in graph.nodes if node.target in (lhc.attention.default, lhc.position.default)]
+
+
+def _count(module: GraphModule, inputs: _Inputs, room: int) -> None:
+    """One counter for all that depends on the position, and tables of `room` positions."""
+    graph = module.graph
+    found = [node for node in graph.nodes if node.target == lhc.position.default]
+    if not found:
+        with graph.inserting_after(inputs.signal):
+            found = [graph.call_function(lhc.position.default, (inputs.signal, None))]
+    (position,) = found
+    inputs.give(position, 1, "past.position", 1)
+    start = position.args[1]
+    last = start
+    assert isinstance(last, Node)
+    last.append(position)  # behind every placeholder
+    for node in graph.nodes:
+        if node.target == lhc.attention.default:
+            node.update_arg(_START, start)
+    places = [user for user in position.users if user.args[1] == 0]
+    for read in [user for place in places for user in place.users if user.target == aten.embedding.default]:
+        name = str(read.args[0].target)
+        module.register_buffer(name, _buffer(module, read.args[0])[:room].contiguous())
+
+
+def _shapes(module: GraphModule, node: Node, room: int) -> Sequence[tuple[int, ...]]:
+    """The shapes of an operator's states without batch, from its weights and its input's channels."""
+    if node.target == lhc.attention.default:
+        return [(size[2].offset, room, size[3].offset) for size in (arg.meta["sizes"] for arg in node.args[1:3])]  # type: ignore[union-attr]
     weight = _buffer(module, node.args[1])
     if node.target == lhc.fir.default:
         groups = node.args[4]
         assert isinstance(groups, int)
-        return (weight.shape[2] - 1, weight.shape[1] * groups)
+        return [(weight.shape[2] - 1, weight.shape[1] * groups)]
     channels = node.args[0].meta["sizes"][2].offset  # type: ignore[union-attr]
     if node.target == lhc.long_conv.default:
-        return (weight.shape[-1] - 1, channels)
+        return [(weight.shape[-1] - 1, channels)]
     if node.args[5] is None:
-        return (weight.shape[0], channels)
-    return (1, channels // weight.shape[1] * len(_buffer(module, node.args[5])))
+        return [(weight.shape[0], channels)]
+    return [(1, channels // weight.shape[1] * len(_buffer(module, node.args[5])))]
 
 
 def _buffer(module: GraphModule, node: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stage: is the built model the model it came from? Parity gates after every stage, figures on held-out tokens.
+"""Stage: is the built model the model it came from? Parity gates after every stage, figures on held-out sequences.
 
 Parity means the whole sequence against every way of cutting it, outputs and final states, several rows at once.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lhcompile.artifacts import Program
 from lhcompile.errors import ParityError
-from lhcompile.measure import Model, compare
+from lhcompile.measure import Agreement, Deviation, Model, compare
 from lhcompile.parallel import one_thread
 from lhcompile.verify.budgets import CAPTURED, ONNX, RECOGNIZED, STREAMED, Tolerance
 from lhcompile.verify.model import StageFidelity
@@ -37,26 +37,31 @@ ROWS = 3
 
 
 def assert_close(value: Tensor, reference: Tensor, tolerance: Tolerance, what: str) -> None:
-    """Raise ParityError when max |value − reference| exceeds the tolerance times the reference's RMS, or is NaN."""
+    """Raise ParityError when max |value − reference| exceeds the tolerance times the reference's RMS, or is NaN.
+
+    Whole numbers must be the same.
+    """
     if value.shape != reference.shape:
         raise ParityError(f"{tolerance.name}: {what} has shape {list(value.shape)}, not {list(reference.shape)}")
     if not reference.numel():
         return
+    share = tolerance.relative if reference.is_floating_point() else 0.0
     scale = float(reference.double().square().mean().sqrt())
     worst = float((value.double() - reference.double()).abs().max())
-    if not worst <= tolerance.relative * scale:
+    if not worst <= share * scale:
         raise ParityError(
-            f"{tolerance.name}: {what} differs by {worst:.3g} where {tolerance.relative * scale:.3g} is allowed "
-            f"({tolerance.relative:g} of its RMS: {tolerance.reason})"
+            f"{tolerance.name}: {what} differs by {worst:.3g} where {share * scale:.3g} is allowed "
+            f"({share:g} of its RMS: {tolerance.reason})"
         )
 
 
 @torch.no_grad()
-def check_stage(model: Model, reference: Model, tokens: Tensor, tolerance: Tolerance) -> None:
-    """A stage's logits against those of the stage before, on tokens [rows, time] and on a shorter piece of them."""
-    for time in (tokens.shape[1], max(1, tokens.shape[1] // 2 - 1)):
-        rows = tokens[:, :time]
-        assert_close(model(rows), reference(rows), tolerance, f"logits of {len(rows)} × {time} tokens")
+def check_stage(model: Model, reference: Model, inputs: Tensor, tolerance: Tolerance) -> None:
+    """A stage's outputs against those of the stage before, on sequences [rows, time, …] and on a shorter piece."""
+    unit = "positions" if inputs.is_floating_point() else "tokens"
+    for time in (inputs.shape[1], max(1, inputs.shape[1] // 2 - 1)):
+        rows = inputs[:, :time]
+        assert_close(model(rows), reference(rows), tolerance, f"{_said(rows)} of {len(rows)} × {time} {unit}")
 
 
 def cuts_of(length: int) -> list[list[int]]:
@@ -73,7 +78,7 @@ def cuts_of(length: int) -> list[list[int]]:
 @torch.no_grad()
 def check_streamed(program: Program, reference: Model, tokens: Tensor) -> None:
     """The streamed program fed whole and in cuts against the whole-sequence program: logits and final states."""
-    zero = [torch.zeros(len(tokens), *state.shape) for state in program.states]
+    zero = program.start(len(tokens))
     truth = reference(tokens)
     _, *final = program.graph(tokens, *zero)
     for cuts in ([tokens.shape[1]], *cuts_of(tokens.shape[1])):
@@ -82,9 +87,14 @@ def check_streamed(program: Program, reference: Model, tokens: Tensor) -> None:
             part, *states = program.graph(piece, *states)
             logits.append(part)
         how = _describe(cuts)
-        assert_close(torch.cat(logits, 1), truth, STREAMED, f"logits fed {how}")
+        assert_close(torch.cat(logits, 1), truth, STREAMED, f"{_said(tokens)} fed {how}")
         for state, value, expected in zip(program.states, states, final, strict=True):
             assert_close(value, expected, STREAMED, f"state {state.name} after feeding {how}")
+
+
+def _said(inputs: Tensor) -> str:
+    """What a model says to token ids, or to features."""
+    return "values" if inputs.is_floating_point() else "logits"
 
 
 def _describe(cuts: Sequence[int]) -> str:
@@ -94,7 +104,7 @@ def _describe(cuts: Sequence[int]) -> str:
 
 
 class SessionModel:
-    """A built directory as a Model: tokens [batch, time] -> logits [batch, time, vocab], from zero states."""
+    """A built directory as a Model: tokens or features to logits or values, from zero states."""
 
     def __init__(self, load: Callable[[int], Session]) -> None:
         self._load = load
@@ -113,7 +123,7 @@ class SessionModel:
 
 def check_session(model: SessionModel, program: Program, tokens: Tensor) -> None:
     """The ONNX graphs against the streamed torch program, whole and in cuts: logits and final states."""
-    zero = [torch.zeros(len(tokens), *state.shape) for state in program.states]
+    zero = program.start(len(tokens))
     with torch.no_grad():
         logits, *final = program.graph(tokens, *zero)
     states = dict(zip((state.name for state in program.states), final, strict=True))
@@ -132,7 +142,7 @@ def _check_cuts(model: SessionModel, tokens: Tensor, logits: Tensor, states: dic
     ways = [[tokens.shape[1]], *cuts_of(tokens.shape[1])]
     for cuts in ways:
         found, finals = _feed(model, tokens, cuts)
-        assert_close(found, logits, ONNX, f"logits fed {_describe(cuts)}")
+        assert_close(found, logits, ONNX, f"{_said(tokens)} fed {_describe(cuts)}")
         for name, expected in states.items():
             assert_close(finals[name], expected, ONNX, f"state {name} after feeding {_describe(cuts)}")
     return len(ways)
@@ -147,16 +157,24 @@ def _feed(model: SessionModel, tokens: Tensor, cuts: Sequence[int]) -> tuple[Ten
     return torch.cat(logits, 1), states
 
 
-def fidelity(reference: Model, stages: dict[str, Model], tokens: Tensor) -> list[StageFidelity]:
-    """The reference and every stage on held-out tokens [sequences, time], as they stand in the report."""
-    return [
-        StageFidelity(
+def fidelity(reference: Model, stages: dict[str, Model], inputs: Tensor) -> list[StageFidelity]:
+    """The reference and every stage on held-out sequences [sequences, time, …], as they stand in the report."""
+    return [_stage(name, result) for name, result in compare(reference, stages, inputs).items()]
+
+
+def _stage(name: str, result: Agreement | Deviation) -> StageFidelity:
+    if isinstance(result, Deviation):
+        return StageFidelity(
             name=name,
-            tokens=result.tokens,
-            loss=result.loss,
-            kl_mean=max(result.kl_mean, 0.0),
-            top1_agreement=result.top1_agreement,
-            max_logit_difference=result.max_logit_difference,
+            tokens=result.positions,
+            relative_error=result.relative_error,
+            max_difference=result.max_difference,
         )
-        for name, result in compare(reference, stages, tokens).items()
-    ]
+    return StageFidelity(
+        name=name,
+        tokens=result.tokens,
+        loss=result.loss,
+        kl_mean=max(result.kl_mean, 0.0),
+        top1_agreement=result.top1_agreement,
+        max_difference=result.max_logit_difference,
+    )

@@ -7,7 +7,7 @@ from collections import Counter
 import onnx
 import onnx_ir as ir
 
-from lhcompile.artifacts import Lowered
+from lhcompile.artifacts import Lowered, Signal
 from lhcompile.errors import ParityError
 from lhcompile.verify.model import GraphReport
 
@@ -18,14 +18,14 @@ STEP_FORBIDDEN = {"Scan", "Loop", "If", "Range", "Sin", "Cos", "SequenceAt", "Sp
 SHAPING = {"Slice", "Squeeze", "Unsqueeze", "Transpose", "Reshape", "Split"}
 
 
-def check_graphs(lowered: Lowered) -> GraphReport:
+def check_graphs(lowered: Lowered, signal: Signal) -> GraphReport:
     """Raise ParityError unless both graphs keep the contract; returns the step graph's size in nodes.
 
     Standard operators of opset ≤ 21 only; in the step graph no control flow and no operator that only rearranges a
     weight; inputs and outputs in the contract's order.
     """
-    inputs = ["input_ids", *(state.name for state in lowered.states)]
-    outputs = ["logits", *(state.output for state in lowered.states)]
+    inputs = [signal.input, *(state.name for state in lowered.states)]
+    outputs = [signal.output, *(state.output for state in lowered.states)]
     for name, model in (("step", lowered.step), ("prefill", lowered.prefill)):
         _expect([v.name for v in model.graph.inputs] == inputs, f"{name}: inputs are not in the contract's order")
         _expect([v.name for v in model.graph.outputs] == outputs, f"{name}: outputs are not in the contract's order")

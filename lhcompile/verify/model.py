@@ -29,12 +29,16 @@ class _Part(BaseModel):
 
 
 class ModelReport(_Part):
-    """The model that was compiled; `source` is the file or factory it came from."""
+    """The model that was compiled; `source` is the file or factory it came from.
+
+    vocab_size of a token model; features, channels of the input of a continuous signal
+    """
 
     family: str
     source: str
     parameters: int
     vocab_size: int | None = None
+    features: int | None = None
     context_length: int
 
 
@@ -42,7 +46,9 @@ class StageFidelity(_Part):
     """The model after one stage, against the reference on the same tokens.
 
     name: reference, captured, distilled, streamed or onnx
-    max_logit_difference: largest absolute difference of any output (0 for the reference)
+    tokens: predicted tokens, or positions of a continuous signal
+    relative_error: of a continuous signal, relative l2 error of the outputs
+    max_difference: largest absolute difference of any output (0 for the reference)
     """
 
     name: str
@@ -50,11 +56,12 @@ class StageFidelity(_Part):
     loss: float | None = None
     kl_mean: float | None = None
     top1_agreement: float | None = None
-    max_logit_difference: float | None = None
+    relative_error: float | None = None
+    max_difference: float | None = None
 
 
 class LayerReport(_Part):
-    """What one module's long convolution became.
+    """What one module's long convolution became; method "modal": a state space that the model had already.
 
     order_max, order_mean: 0 where taps are kept as they are, or where a direct term is enough
     tap_error: relative l2 distance of the taps, worst filter; None where taps are kept as they are
@@ -78,6 +85,11 @@ class LayerReport(_Part):
     def kept(self) -> bool:
         """Whether the taps are kept as they are."""
         return self.tap_error is None
+
+    @property
+    def given(self) -> bool:
+        """Whether the model had a state space here already, which is exact."""
+        return self.method == "modal"
 
 
 class FilterSample(_Part):
@@ -143,7 +155,10 @@ class OrderTried(_Part):
 
 
 class BudgetReport(_Part):
-    """The relative rise of the loss that was allowed, what was measured in the end, and what was tried."""
+    """The relative rise of the loss that was allowed, what was measured in the end, and what was tried.
+
+    Of a continuous signal: the relative l2 error of the outputs.
+    """
 
     requested: float
     measured: float | None = None
@@ -171,8 +186,10 @@ class GraphReport(_Part):
 class Report(_Part):
     """Everything a build has to say. `stages` begins with the reference; the last one is what was written.
 
+    calibration: where the sequences came from; notes: what loading assumed or skipped
     layers: in the model's order; timings: stage → seconds; files: name → bytes
-    state_bytes: all states of one sequence, short convolutions included
+    state_bytes: all states of one sequence, short convolutions included; capacity: positions that those which grow
+        with it have room for, None where none does
     """
 
     model: ModelReport
@@ -180,6 +197,8 @@ class Report(_Part):
     quantize: str = "none"
     command: str
     versions: dict[str, str] = {}
+    calibration: str | None = None
+    notes: list[str] = []
     stages: list[StageFidelity]
     layers: list[LayerReport] = []
     samples: list[FilterSample] = []
@@ -189,6 +208,7 @@ class Report(_Part):
     healing: HealingReport | None = None
     graph: GraphReport | None = None
     state_bytes: int
+    capacity: int | None = None
     timings: dict[str, float] = {}
     files: dict[str, int] = {}
 

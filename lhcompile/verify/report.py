@@ -68,7 +68,7 @@ def render_report(report: Report) -> str:
         verdict=_verdict(report),
         tiles=_tiles(report),
         sections=[
-            _loss_section(report),
+            _loss_section(report) if report.model.features is None else _error_section(report),
             _order_section(report),
             _taps_section(report),
             _hankel_section(report),
@@ -88,6 +88,11 @@ def _verdict(report: Report) -> str:
         same = abs(report.loss_rise) < 5e-6
         moved = "stays the same" if same else f"{way} by {change}"
         parts.append(f"The loss {moved} over {text.count(last.tokens)} tokens")
+    if last.relative_error is not None:
+        parts.append(
+            f"The outputs differ by {text.number(last.relative_error)} of their size over "
+            f"{text.count(last.tokens)} positions"
+        )
     if last.top1_agreement is not None:
         agreed = text.percent(last.top1_agreement)
         the = "the" if parts else "The"
@@ -100,27 +105,33 @@ def _what_became_of_the_filters(report: Report) -> str:
     kept = sum(layer.kept for layer in report.layers)
     if report.order_mean is None:
         return "Every long convolution keeps its own taps, so no filter was approximated."
-    exceptions = f", except in {kept} of {len(report.layers)} layers, which keep their taps" if kept else ""
+    given, layers = sum(layer.given for layer in report.layers), len(report.layers)
     mean = text.number(report.order_mean)
-    return f"Each filter became a small state space of order {mean} on average{exceptions}."
+    if given + kept == layers:
+        others = ", or keeps its own taps" if kept else ""
+        return f"Every long convolution was a state space already{others}, so no filter was approximated."
+    exceptions = f", except in {kept} of {layers} layers, which keep their taps" if kept else ""
+    exact = f"; in {given} of {layers} layers it was one already and is exact" if given else ""
+    return f"Each filter became a small state space of order {mean} on average{exceptions}{exact}."
 
 
 def _tiles(report: Report) -> list[_Tile]:
     """The figures people judge a build by; those that do not apply are left out."""
     last = report.stages[-1]
-    output = "logit" if last.kl_mean is not None else "output"
+    output, position = ("logit", "token") if last.kl_mean is not None else ("output", "position")
     modal = [layer for layer in report.layers if not layer.kept]
     tiles = [
         _Tile("Loss rise", text.signed_percent(report.loss_rise), _budget_note(report)),
+        _Tile("Relative error", text.number(last.relative_error), _error_note(report)),
         _Tile("KL divergence", text.number(last.kl_mean), "nats per token, mean"),
         _Tile("Top-1 agreement", text.percent(last.top1_agreement), "same likeliest next token"),
-        _Tile(f"Worst {output} difference", text.number(last.max_logit_difference), "largest, any token"),
+        _Tile(f"Worst {output} difference", text.number(last.max_difference), f"largest, any {position}"),
         _Tile(
             "Mean order",
             text.number(report.order_mean),
             f"largest {max((layer.order_max for layer in modal), default=0)}",
         ),
-        _Tile("State", text.size(report.state_bytes), "per sequence, at any length"),
+        _Tile("State", text.size(report.state_bytes), _room_note(report)),
         _Tile(
             "Files", text.size(sum(report.files.values()) if report.files else None), "the built directory"
         ),
@@ -137,6 +148,18 @@ def _budget_note(report: Report) -> str:
     return f"budget {text.signed_percent(report.budget.requested)}"
 
 
+def _room_note(report: Report) -> str:
+    if report.capacity is None:
+        return "per sequence, at any length"
+    return f"per sequence of at most {text.count(report.capacity)} positions"
+
+
+def _error_note(report: Report) -> str:
+    if report.budget is None:
+        return "of the outputs, l2"
+    return f"of the outputs, budget {text.number(report.budget.requested)}"
+
+
 def _nodes_note(report: Report) -> str:
     if report.graph is None or report.graph.nodes_per_layer is None:
         return "ONNX nodes"
@@ -149,7 +172,8 @@ def _loss_section(report: Report) -> _Section:
     if reference is not None and math.isfinite(reference):
         panels.append(_Panel("After each stage", Markup(plots.loss_by_stage(report.stages, report.budget))))
         if report.budget is not None and report.budget.orders:
-            panels.append(_Panel("While searching for the order", Markup(plots.order_search(report.budget))))
+            tried = plots.order_search(report.budget, "text", "rise of the loss")
+            panels.append(_Panel("While searching for the order", Markup(tried)))
     return _Section(
         "loss",
         "Loss by stage",
@@ -161,13 +185,29 @@ def _loss_section(report: Report) -> _Section:
     )
 
 
+def _error_section(report: Report) -> _Section:
+    panels = [_Panel("After each stage", Markup(plots.error_by_stage(report.stages, report.budget)))]
+    if report.budget is not None and report.budget.orders:
+        tried = plots.order_search(report.budget, "signals", "error of the outputs")
+        panels.append(_Panel("While searching for the order", Markup(tried)))
+    return _Section(
+        "error",
+        "Error by stage",
+        "Every point is the same model on the same signals, one stage further on its way to ONNX: the l2 distance "
+        "of its outputs from the reference’s, relative to their size.",
+        "No error was measured.",
+        panels,
+        columns=len(panels),
+    )
+
+
 def _order_section(report: Report) -> _Section:
     layers = report.layers if report.order_mean is not None else []
     return _Section(
         "order",
         "Order by layer",
         "The order is the number of real values a filter remembers; the lower, the smaller the state and the "
-        "faster a token. A tall line means that one filter of the layer needed much more than the others.",
+        "faster a step. A tall line means that one filter of the layer needed much more than the others.",
         "Nothing was reduced: every long convolution keeps its own taps.",
         [_Panel("Mean and largest order", Markup(plots.order_by_layer(layers)))] if layers else [],
     )
@@ -185,7 +225,7 @@ def _taps_section(report: Report) -> _Section:
     return _Section(
         "taps",
         "Taps against fit",
-        "Grey is how the filter was trained to weigh each earlier token, blue is what replaced it. Much "
+        "Grey is how the filter was trained to weigh each earlier position, blue is what replaced it. Much "
         "of the grey is noise the model does not use; a large error here need not change the loss.",
         "No filter was fitted, so there is nothing to compare.",
         panels,
@@ -228,7 +268,7 @@ def _poles_section(report: Report) -> _Section:
     return _Section(
         "poles",
         "Poles",
-        "A pole is one mode of memory: its distance from the centre is what is kept from token to token, its "
+        "A pole is one mode of memory: its distance from the centre is what is kept from step to step, its "
         f"angle how fast it swings. All lie inside the circle, so no state can grow without bound.{some}",
         "There are no poles, because no filter became a state space.",
         panels,

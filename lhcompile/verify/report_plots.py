@@ -22,10 +22,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lhcompile.verify.model import BudgetReport, FilterSample, LayerReport, PoleCloud, Spectrum, StageFidelity
-from lhcompile.verify.report_text import power_of_ten, signed_percent
+from lhcompile.verify.report_text import number, power_of_ten, signed_percent
 
 __all__ = [
     "POLES_SHOWN",
+    "error_by_stage",
     "hankel",
     "loss_by_stage",
     "memory",
@@ -164,8 +165,35 @@ def loss_by_stage(stages: Sequence[StageFidelity], budget: BudgetReport | None) 
     return canvas.svg
 
 
-def order_search(budget: BudgetReport) -> str:
-    """What each mean order that was tried costs, with the budget."""
+def error_by_stage(stages: Sequence[StageFidelity], budget: BudgetReport | None) -> str:
+    """Relative error of a continuous model's outputs after each stage; no error at all lies on the floor."""
+    errors = _finite([stage.relative_error for stage in stages[1:]])
+    floor = min([1e-8, *(0.1 * errors[errors > 0])])
+    with _canvas(HALF if budget and budget.orders else FULL, "Error by stage") as canvas:
+        axes, at = canvas.axes, np.arange(len(errors))
+        axes.plot(at, np.maximum(errors, floor), color=ACCENT, linewidth=1.6, marker="o", markersize=5.5)
+        if budget is not None:
+            axes.axhline(budget.requested, color=WARM, linewidth=1, linestyle=(0, (4, 3)), label="budget")
+            axes.legend(loc="upper left", frameon=False)
+        for x, error in zip(at.tolist(), errors.tolist(), strict=True):
+            if np.isfinite(error):
+                place = (x, max(error, floor))
+                axes.annotate(number(error), place, (0, 8), textcoords="offset points", ha="center", color=INK)
+        axes.set_yscale("log")
+        axes.margins(y=0.2)
+        axes.set_xlim(-0.4, len(errors) - 0.6)
+        axes.set_xticks(at, [stage.name for stage in stages[1:]], color=INK)
+        axes.grid(axis="x", visible=False)
+        _log_axis(axes.yaxis, powers=True)
+        axes.set_ylabel("relative error")
+    return canvas.svg
+
+
+def order_search(budget: BudgetReport, heard: str, cost: str) -> str:
+    """What each mean order that was tried costs, with the budget.
+
+    heard: what models of this kind are measured on, text or signals; cost: what the budget is of
+    """
     tried = sorted(budget.orders, key=lambda entry: entry.order)
     orders = [entry.order for entry in tried]
     with _canvas(HALF, "Orders tried") as canvas:
@@ -173,8 +201,8 @@ def order_search(budget: BudgetReport) -> str:
         axes.axhline(0, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
         axes.axhline(100 * budget.requested, color=WARM, linewidth=1, linestyle=(0, (4, 3)))
         lines = (
-            ([entry.expected for entry in tried], ACCENT, "o", "expected of other text, on the safe side"),
-            ([entry.rise for entry in tried], MUTED, "s", "measured on calibration tokens"),
+            ([entry.expected for entry in tried], ACCENT, "o", f"expected of other {heard}, on the safe side"),
+            ([entry.rise for entry in tried], MUTED, "s", f"measured on calibration {heard}"),
         )
         for rises, color, marker, label in lines:
             found = _finite([100 * rise for rise in rises])
@@ -187,7 +215,7 @@ def order_search(budget: BudgetReport) -> str:
         axes.grid(axis="x", visible=False)
         axes.margins(x=0.1, y=0.16)
         axes.set_xlabel("mean order of the filters")
-        axes.set_ylabel("rise of the loss, %")
+        axes.set_ylabel(f"{cost}, %")
     return canvas.svg
 
 
@@ -225,7 +253,7 @@ def taps_and_fit(sample: FilterSample, label: str) -> str:
         axes.set_xlim(1, max(distance[-1], 2))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.legend(loc="best", frameon=False, handlelength=1.2, borderaxespad=0.2)
-        axes.set_xlabel("place in the past, newest token 1")
+        axes.set_xlabel("place in the past, newest 1")
         axes.set_ylabel("weight")
     return canvas.svg
 
@@ -294,7 +322,7 @@ def unit_disc(clouds: Sequence[PoleCloud]) -> str:
 
 
 def memory(clouds: Sequence[PoleCloud], context_length: int) -> str:
-    """Histogram of how many tokens a mode takes to fade to 1/e: −1 / log |λ|."""
+    """Histogram of how many positions a mode takes to fade to 1/e: −1 / log |λ|."""
     modulus = np.clip(np.abs(_subsample(clouds, 1_000_000)), 1e-300, 1 - 1e-12)
     fading = np.maximum(-1 / np.log(modulus), 0.1)
     top = max(10.0 * context_length, 100.0)
@@ -319,6 +347,6 @@ def memory(clouds: Sequence[PoleCloud], context_length: int) -> str:
         )
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="x", visible=False)
-        axes.set_xlabel("tokens until 1/e is left")
+        axes.set_xlabel("positions until 1/e is left")
         axes.set_ylabel("share of the poles, %")
     return canvas.svg

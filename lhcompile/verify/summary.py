@@ -16,13 +16,13 @@ POLES_SHOWN = 4096
 
 
 def state_bytes(states: tuple[State, ...]) -> int:
-    """Bytes of all float32 states of one sequence."""
-    return sum(4 * math.prod(state.shape) for state in states)
+    """Bytes of all states of one sequence; those that grow with it as large as they can get."""
+    return sum(state.bytes for state in states)
 
 
 def layers_of(distilled: Distilled, states: tuple[State, ...]) -> list[LayerReport]:
-    """One row per long convolution; states are those of the streamed program, in the same order."""
-    long = [state for state in states if state.kind != "fir"]
+    """One row per long convolution or modal system; states are those of the streamed program, in the same order."""
+    long = [state for state in states if state.kind in ("modal", "long_conv")]
     return [_layer(layer, state) for layer, state in zip(distilled.layers, long, strict=True)]
 
 
@@ -48,7 +48,7 @@ def samples_of(distilled: Distilled) -> list[FilterSample]:
     """The best, median and worst fitted filter of each layer."""
     samples = []
     for layer in distilled.layers:
-        if layer.system is None or layer.error is None:
+        if layer.system is None or layer.error is None or not layer.taps.numel():
             continue
         ranked = layer.error.argsort()
         stride = math.ceil(layer.taps.shape[1] / SAMPLE_POINTS)

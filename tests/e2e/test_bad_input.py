@@ -100,7 +100,7 @@ def test_files_that_are_no_checkpoints(site: Site, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("hello")
     site(r"text\.txt: not a checkpoint: the name ends in none of \.pt, ", tmp_path / "text.txt")
     site(r"none\.pt: the checkpoint does not exist", tmp_path / "none.pt")
-    site(r"old: the checkpoint is a folder", tmp_path / "old")
+    site(r"old: the folder holds no weights ", tmp_path / "old")
     (tmp_path / "text.pt2").write_text("hello")
     site(r"text\.pt2: ", tmp_path / "text.pt2")
     site(r"none\.pt2: the archive does not exist", tmp_path / "none.pt2")

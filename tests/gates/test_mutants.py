@@ -173,7 +173,7 @@ def test_parity_of_programs(program: Program, name: str, cuts: list[int]) -> Non
 def builds_gate_for_programs(program: Program, wrong: Program) -> None:
     def whole(ids: Tensor) -> Tensor:
         with torch.no_grad():
-            return program.graph(ids, *(torch.zeros(len(ids), *state.shape) for state in program.states))[0]
+            return program.graph(ids, *program.start(len(ids)))[0]
 
     check_streamed(program, whole, tokens())
     with pytest.raises(ParityError, match=r"streamed: (logits|state) .* differs by"):

@@ -8,6 +8,7 @@ from models import ORDERS, of_orders, random_modal
 from streams import assert_parity, onnx_stream, torch_stream
 from torch import Tensor, fx, nn
 
+from lhcompile import sizes
 from lhcompile.artifacts import Lowered, Program, State
 from lhcompile.lower.export import export_onnx
 from lhcompile.lower.portable import Prefill, Step
@@ -41,7 +42,9 @@ class Modal(nn.Module):
 def test_graphs_of_the_operator(outer: int, inner: int, packed: bool) -> None:
     module = Modal(outer, inner, packed).eval().requires_grad_(False)
     states = (State("past", "present", module.shape, "modal", "the model"),)
-    program = Program(fx.symbolic_trace(module), TIME, states)
+    graph = fx.symbolic_trace(module)
+    next(iter(graph.graph.nodes)).meta["sizes"] = (sizes.BATCH, sizes.TIME)
+    program = Program(graph, TIME, states)
     stream = onnx_stream(
         Lowered(export_onnx(program, Step, True), export_onnx(program, Prefill, False), "portable", states)
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lhcompile.measure import Model, compare, loss
+from lhcompile.measure import Agreement, Deviation, Model, compare, divergences, loss
 
 P = [0.7, 0.2, 0.1]
 Q = [0.05, 0.9, 0.05]
@@ -35,6 +35,7 @@ def test_divergence_is_taken_from_the_reference_and_is_not_symmetric() -> None:
     backwards = sum(q * math.log(q / p) for p, q in zip(P, Q, strict=True))
     assert abs(forwards - backwards) > 0.01
     found = compare(always(P), {"other": always(Q)}, TOKENS)["other"]
+    assert isinstance(found, Agreement)
     assert found.kl_mean == pytest.approx(forwards, rel=1e-6)
     assert found.tokens == 6
     assert found.loss == pytest.approx(loss(always(Q), TOKENS), rel=1e-6)
@@ -54,3 +55,28 @@ def test_agreement_counts_positions_with_the_same_most_likely_token() -> None:
     assert found["never"].top1_agreement == 0.0
     assert found["reference"].top1_agreement == 1.0
     assert found["reference"].kl_mean == pytest.approx(0.0, abs=1e-12)
+
+
+def test_features_are_measured_by_the_error_of_the_values() -> None:
+    features = torch.randn(20, 7, 3, generator=torch.Generator().manual_seed(0))  # more than one slice
+
+    def source(rows: Tensor) -> Tensor:
+        return rows.cumsum(1)[..., :2]
+
+    def wrong(rows: Tensor) -> Tensor:
+        return source(rows) * torch.tensor([1.0, 1.1])
+
+    found = compare(source, {"wrong": wrong}, features)
+    truth = source(features)
+    error = 0.1 * truth[..., 1]
+    assert found["wrong"] == Deviation(
+        positions=140,
+        relative_error=pytest.approx(float(error.norm() / truth.norm()), rel=1e-5),
+        max_difference=pytest.approx(float(error.abs().max()), rel=1e-5),
+        _squares=found["wrong"]._squares,
+    )
+    assert found["reference"].relative_error == 0.0
+    each = divergences(source, wrong, features)
+    assert each.shape == (20,)
+    assert float(each.mean()) == pytest.approx(found["wrong"].relative_error ** 2, rel=1e-6)
+    assert float(each[3] / each[4]) == pytest.approx(float(error[3].square().sum() / error[4].square().sum()), rel=1e-5)

@@ -28,6 +28,24 @@ def matrices(own: Tensor, other: Tensor) -> Tensor:
     return torch.diag_embed(own.T) + torch.diag_embed(other.T) @ swap(torch.eye(own.shape[0], dtype=own.dtype))
 
 
+@pytest.mark.parametrize("orders", [None, ORDERS[:4], (1, 1, 1, 1), (3, 3, 1, 0)], ids=str)
+def test_poles_and_residues_come_back_from_the_real_form(orders: tuple[int, ...] | None) -> None:
+    s = system() if orders is None else of_orders(system(), orders)
+    real = s.real()
+    assert real.in_slots
+    assert float(real.moduli.max()) == pytest.approx(float(s.poles[s.residues != 0].abs().max()))
+    back = real.modal()
+    torch.testing.assert_close(back.taps(40), s.taps(40), rtol=0.0, atol=1e-14)
+    assert torch.equal(back.orders, s.orders)
+
+
+@pytest.mark.parametrize(("table", "row"), [("own", 1), ("other", 1), ("other", -1)])
+def test_tables_that_hold_no_slots(table: str, row: int) -> None:
+    real = of_orders(system(), (3, 5, 3, 5)).real()
+    getattr(real, table)[row, 1] += 0.1
+    assert not real.in_slots
+
+
 def test_taps_are_sums_of_powers() -> None:
     s = system()
     taps = s.taps(50)

@@ -25,13 +25,15 @@ _KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole numb
 class StateSpec:
     """One state: the graph input that reads it, the graph output that writes it, shape and dtype.
 
-    shape holds sizes and at most one "batch".
+    shape holds sizes and at most one "batch"; capacity is the number of positions that a state which grows
+    with the sequence has room for, None where any number will do.
     """
 
     input: str
     output: str
     shape: tuple[int | str, ...]
     dtype: np.dtype[Any]
+    capacity: int | None = None
 
     def sized(self, batch: int) -> tuple[int, ...]:
         """The shape with "batch" replaced by a number."""
@@ -65,6 +67,11 @@ class Manifest:
     states: tuple[StateSpec, ...]
     tokenizer: Mapping[str, Any]
     files: Mapping[str, FileRecord]
+
+    @property
+    def capacity(self) -> int | None:
+        """The number of positions that fit into the states; None where any number does."""
+        return min((state.capacity for state in self.states if state.capacity is not None), default=None)
 
     @property
     def fingerprint(self) -> str:
@@ -200,4 +207,5 @@ def _state(raw: Any, where: str) -> StateSpec:
         known = ", ".join(STATE_DTYPES)
         raise FormatError(f"manifest.json: {where}.dtype is {dtype!r}, expected one of {known}")
     names = (_get(raw, "input", str, f"{where}."), _get(raw, "output", str, f"{where}."))
-    return StateSpec(*names, shape, np.dtype(dtype))
+    capacity = _positive(raw, "capacity", f"{where}.") if "capacity" in raw else None
+    return StateSpec(*names, shape, np.dtype(dtype), capacity)

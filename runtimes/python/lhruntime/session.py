@@ -83,9 +83,20 @@ class Session:
         return self._batch
 
     @property
+    def tail(self) -> tuple[int, ...]:
+        """Axes of the input behind batch and seq: () for tokens, (channels,) for features."""
+        return self._model.input_tail
+
+    @property
     def position(self) -> int:
         """How many positions each stream has consumed."""
         return self._position
+
+    @property
+    def room(self) -> int | None:
+        """How many more positions each stream can consume; None where the states take any number."""
+        capacity = self.manifest.capacity
+        return None if capacity is None else capacity - self._position
 
     def states(self) -> dict[str, Array]:
         """Copies of the present states by the name of the graph input that reads them."""
@@ -103,12 +114,13 @@ class Session:
         Returns float32 [batch, seq, width], or with last_only the last position [batch, width]. A long
         prompt is cut into calls of at most `chunk` positions; with last_only memory does not grow with seq.
 
-        Raises ArgumentError for an empty prompt, a wrong batch, axis or dtype, or a token id out of range;
-        nothing is consumed then.
+        Raises ArgumentError for an empty prompt, a wrong batch, axis or dtype, a token id out of range, or
+        more positions than there is room for; nothing is consumed then.
         """
         chunk = check_count("chunk", chunk)
         values = as_sequence(tokens, self._model, self._batch)
         length = values.shape[1]
+        self._check_room(length)
         pieces = (values[:, start : start + chunk] for start in range(0, length, chunk))
         if last_only:
             last = None
@@ -129,6 +141,7 @@ class Session:
 
         Raises ArgumentError as prefill does.
         """
+        self._check_room(1)
         self._runner.step_input[:, 0] = as_single(tokens, self._model, self._batch)
         output = self._runner.step()[:, 0].astype(np.float32)
         self._position += 1
@@ -153,7 +166,8 @@ class Session:
         the iteration, the stop tokens included. **A yielded token has been consumed**: whenever the
         iteration ends, the session stands behind the last yielded token. Do not advance it in between.
 
-        Raises ArgumentError at once for a bad argument, or if the model has no tokens.
+        Raises ArgumentError at once for a bad argument, if there is no room for the prompt and max_new_tokens
+        more, or if the model has no tokens.
         """
         if self.manifest.vocab_size is None:
             raise ArgumentError("this model maps features to values: there are no tokens to generate")
@@ -163,6 +177,7 @@ class Session:
         generators = row_generators(seed, self._batch)
         tokens = as_sequence(prompt, self._model, self._batch)
         stop = self._stop_ids(stop_tokens)
+        self._check_room(tokens.shape[1] + max_new_tokens)
         return self._stream(tokens, max_new_tokens, sampler, generators, stop, chunk)
 
     def snapshot(self, path: str | os.PathLike[str] | None = None) -> bytes:
@@ -196,6 +211,13 @@ class Session:
         other._runner.write(self._runner.read())
         other._position = self._position
         return other
+
+    def _check_room(self, count: int) -> None:
+        if self.room is not None and count > self.room:
+            raise ArgumentError(
+                f"the model's states have room for {self.manifest.capacity} positions, {self._position} are taken: "
+                f"{count} more do not fit; reset the session, or build with a larger --max-context"
+            )
 
     def _consume(self, values: Array) -> Array:
         """values [batch, seq, *tail] → [batch, seq, width], valid until the next call."""

@@ -55,6 +55,8 @@ def state_shape(shape: list[Any]) -> Callable[[Manifest], Any]:
         (lambda m: m["states"].append(3), r"states\[4\] is 3, expected an object"),
         (lambda m: m["states"][2].pop("output"), r"states\[2\]\.output is missing"),
         (lambda m: m["states"][2].update(dtype="bfloat16"), r"states\[2\]\.dtype is 'bfloat16', expected"),
+        (lambda m: m["states"][2].update(capacity=0), r"states\[2\]\.capacity is 0, expected at least 1"),
+        (lambda m: m["states"][2].update(capacity="all"), r"states\[2\]\.capacity is 'all', expected a whole"),
         (state_shape(["batch", "past", 3]), r"states\[1\]\.shape is \['batch', 'past', 3\], expected sizes"),
         (state_shape(["batch", -1, 3]), "expected sizes and one 'batch'"),
         (lambda m: m["files"].update({"../up": {}}), "files names '../up', expected a plain file name"),

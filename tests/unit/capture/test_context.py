@@ -7,7 +7,7 @@ import torch
 from models import VOCAB, Hyena, Mixer, tiny
 from torch import Tensor, nn
 
-from lhcompile.artifacts import LoadedModel
+from lhcompile.artifacts import LoadedModel, Signal
 from lhcompile.capture import capture
 from lhcompile.capture.context import UNBOUNDED_CONTEXT, probe_context
 from lhcompile.errors import CaptureError
@@ -33,12 +33,12 @@ class Limited(nn.Module):
 @pytest.mark.parametrize("how", ["raise", "clip"])
 @pytest.mark.parametrize("limit", [8, 9, 15, 16, 17, 100, 1000, 1024, UNBOUNDED_CONTEXT - 1, UNBOUNDED_CONTEXT])
 def test_the_longest_length_the_module_takes(limit: int, how: str) -> None:
-    assert probe_context(Limited(limit, how)) == limit
+    assert probe_context(Limited(limit, how), Signal()) == limit
 
 
 @pytest.mark.parametrize("limit", [UNBOUNDED_CONTEXT + 1, 10**9])
 def test_a_module_without_a_limit(limit: int) -> None:
-    assert probe_context(Limited(limit)) == UNBOUNDED_CONTEXT
+    assert probe_context(Limited(limit), Signal()) == UNBOUNDED_CONTEXT
 
 
 class Returns(nn.Module):
@@ -68,7 +68,18 @@ class Returns(nn.Module):
 )
 def test_a_module_that_refuses_everything(module: nn.Module, reason: str) -> None:
     with pytest.raises(CaptureError, match=rf"the module does not run on token ids \[1, 8\]: {reason}"):
-        probe_context(module)
+        probe_context(module, Signal())
+
+
+def test_a_module_of_features_is_probed_with_features() -> None:
+    class Shifted(nn.Module):
+        def forward(self, features: Tensor) -> Tensor:
+            return features[:, :40] + torch.ones(3)
+
+    assert probe_context(Shifted(), Signal(3)) == 40
+    message = r"the module does not run on features \[1, 8, 5\]: RuntimeError: The size of tensor a \(5\)"
+    with pytest.raises(CaptureError, match=message):
+        probe_context(Shifted(), Signal(5))
 
 
 def test_capture_probes_where_nobody_says() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lhcompile.artifacts import Signal
 from lhcompile.errors import CheckpointError, ConfigError
 from lhcompile.load import load
 from lhcompile.load.safari import HyenaLM
@@ -78,6 +79,20 @@ def test_context(tiny: Make, archive: str) -> None:
         load(archive, context=13)
     with pytest.raises(ConfigError, match=r"--config has no meaning for a torch\.export archive"):
         load(archive, config=Path("x.yaml"))
+
+
+def test_an_archive_of_features(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    loaded = load(exported(model, tmp_path / "model.pt2", torch.randn(2, 7, 3)))
+    assert loaded.signal == Signal(3)
+    assert loaded.context_length == 12
+    torch.testing.assert_close(loaded.module(torch.ones(1, 5, 3)), model(torch.ones(1, 5, 3)))
+    dims = {axis: torch.export.Dim(f"axis{axis}") for axis in range(3)}
+    free = torch.export.export(nn.Tanh(), (torch.randn(2, 7, 3),), dynamic_shapes=(dims,))
+    torch.export.save(free, tmp_path / "any.pt2")
+    refused(str(tmp_path / "any.pt2"), r"was exported for the shape \[s.*\]; make batch and seq dynamic")
+    with pytest.raises(ConfigError, match=r"--features goes with package\.module:factory; a file says what it takes"):
+        load(str(tmp_path / "model.pt2"), features=3)
 
 
 class Returning(nn.Module):

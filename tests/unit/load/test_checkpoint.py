@@ -145,7 +145,6 @@ def test_not_checkpoints(saved: Save, tmp_path: Path) -> None:
     (tmp_path / "empty.pt").write_bytes(b"")
     refused(tmp_path / "empty.pt", "the file is empty")
     refused(tmp_path / "none.pt", "the checkpoint does not exist")
-    refused(tmp_path, "the checkpoint is a folder")
     (tmp_path / "model.onnx").write_text("x")
     refused(tmp_path / "model.onnx", "the name ends in none of .pt, .pth, .ckpt, .bin, .safetensors, .pt2")
     refused(saved([1, 2]), "holds a list, not a state dict")

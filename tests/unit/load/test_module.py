@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lhcompile.artifacts import Signal
 from lhcompile.errors import CheckpointError, ConfigError
 from lhcompile.load import load
 from lhcompile.load.module import logits_of
@@ -76,6 +77,11 @@ def test_logits_whatever_the_module_returns(config_file: Write, kind: str) -> No
     assert loaded.module.inner.embed.weight.shape == (8, 6)
     assert not loaded.module.inner.training
     assert loaded.notes == ("no checkpoint was given: the weights are the factory's own",)
+
+
+def test_features_are_the_users_word(config_file: Write) -> None:
+    assert load("mine:Model").signal == Signal()
+    assert load("mine:Model", features=5).signal == Signal(5)
 
 
 def test_logits_of() -> None:

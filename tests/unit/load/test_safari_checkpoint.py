@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lhcompile.errors import CheckpointError, ConfigError
 from lhcompile.load import load
+from lhcompile.load.lm import AttentionConfig
 from lhcompile.load.safari import HyenaLM
 
 Make = Callable[..., HyenaLM]
@@ -41,7 +42,8 @@ def test_everything_is_found_from_the_shapes(tiny: Make, saved: Save) -> None:
     sizes = {"d_model": 6, "n_layer": 2, "d_inner": 10, "vocab_size": 16, "emb_dim": 5, "filter_order": 7}
     sizes |= {"order": 3, "num_inner_mlps": 1, "short_filter_order": 4, "l_max": 12}
     assert sizes.items() <= loaded.config.items()
-    assert "assumed, as neither file says otherwise: modulate True, shift 0.0" in loaded.notes[0]
+    (told,) = loaded.notes
+    assert told.startswith("assumed, as neither file says otherwise: layer_norm_epsilon 1e-05, modulate True, shift 0.")
 
 
 def test_half_precision_loads_as_float32(state: State, saved: Save) -> None:
@@ -143,10 +145,12 @@ CONFIGS: dict[str, tuple[str, str]] = {
     "kind": ("layer: {_name_: s4}", "the option layer._name_ is 's4', but the keys are Hyena's"),
     "blocks": ("layer: {num_blocks: 2}", "the option num_blocks = 2 is not supported"),
     "heads": ("layer: {num_heads: 2}", "the option num_heads = 2 is not supported"),
-    "outer": ("layer: {outer_mixing: true}", "the option outer_mixing = True is not supported"),
-    "ffn": ("layer: {post_order_ffn: true}", "the option post_order_ffn = True is not supported"),
-    "positions": ("max_position_embeddings: 12", "the option max_position_embeddings = 12 is not supported"),
-    "attention": ("attn_layer_idx: [1]", "the option attn_layer_idx = [1] is not supported"),
+    "outer": ("layer: {outer_mixing: 2}", "the option outer_mixing cannot be 2"),
+    "ffn": ("layer: {post_order_ffn: true}", "the option post_order_ffn is True, but"),
+    "positions": ("max_position_embeddings: 12", "the option max_position_embeddings is 12, but"),
+    "attention": ("attn_layer_idx: [1]", "the option attn_layer_idx is [1], but"),
+    "widened": ("layer: {inner_factor: 2}", "the option inner_factor = 2 is not supported"),
+    "both ways": ("layer: {bidirectional: true}", "the option bidirectional = True is not supported"),
 }  # fmt: skip
 
 
@@ -157,17 +161,18 @@ def test_configurations_that_cannot_be(state: State, saved: Save, config_file: W
         load(saved(state), config=config_file(text))
 
 
-UNSUPPORTED_KEYS = {
-    "backbone.layers.0.mixer.ord_proj_w": "post_order_ffn",
-    "backbone.embeddings.position_embeddings.weight": "max_position_embeddings",
-    "backbone.layers.1.mixer.Wqkv.weight": "attn_layer_idx",
-}
-
-
-@pytest.mark.parametrize("key", UNSUPPORTED_KEYS)
-def test_keys_of_options_that_are_not_supported(state: State, saved: Save, key: str) -> None:
-    with pytest.raises(ConfigError, match=f"needs the option {UNSUPPORTED_KEYS[key]}, which is not supported"):
-        load(saved({**state, key: torch.ones(1)}))
+def test_positions_scales_and_attention_are_seen_in_the_keys(tiny: Make, saved: Save, config_file: Write) -> None:
+    """Such a model has none of them left to be told, but the number of heads."""
+    attention = AttentionConfig(num_heads=3, rotary_emb_dim=2)
+    options = {"max_position_embeddings": 10, "post_order_ffn": True, "attn_layer_idx": (1,), "attention": attention}
+    model = tiny(**options)
+    path = saved(model.state_dict())
+    loaded = load(path, config=config_file("attn_cfg: {num_heads: 3, rotary_emb_dim: 2}"))
+    assert same_logits(loaded.module, model)
+    assert loaded.context_length == 10
+    message = "layer 1 is attention: no shape says its number of heads; give attn_cfg: {num_heads: …} in --config"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(path)
 
 
 def test_heads_are_seen_in_the_shapes(state: State, saved: Save) -> None:
@@ -204,8 +209,8 @@ def test_an_experiment_file(tiny: Make, saved: Save, config_file: Write) -> None
     loaded = load(saved(model.state_dict()), config=config_file(EXPERIMENT))
     assert same_logits(loaded.module, model)
     assert (loaded.config["vocab_size"], loaded.config["vocab_size_padded"]) == (13, 16)
-    assert "ignored interpolations in config.yaml: emb_dim" in loaded.notes
-    assert any(note.startswith("ignored local_order in config.yaml") for note in loaded.notes)
+    assert "ignored interpolations: emb_dim" in loaded.notes
+    assert any(note.startswith("ignored local_order") for note in loaded.notes)
 
 
 def test_an_experiment_file_that_disagrees_by_arithmetic(state: State, saved: Save, config_file: Write) -> None:

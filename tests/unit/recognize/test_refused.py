@@ -83,14 +83,13 @@ class CumulativeSum(Mixer):
 class Attention(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = x.chunk(3, dim=-1)
-        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-        return (q @ k.transpose(1, 2)).masked_fill(future, float("-inf")).softmax(-1) @ v
+        return (q @ k.transpose(1, 2)).softmax(-1) @ v
 
 
 class FusedAttention(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = x.chunk(3, dim=-1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class ToeplitzProduct(Mixer):
@@ -160,8 +159,8 @@ MIXES_TIME = {
     RolledByTheTrialLength: ("roll", "depends on the length of the sequence"),
     LastPosition: ("slice", "looks ahead by 31 positions"),
     CumulativeSum: ("cumsum", "mixes time in a way that is not understood"),
-    Attention: ("matmul", r"its result \[B, T, T\] has 2 time axes: it compares positions with one another"),
-    FusedAttention: ("scaled_dot_product_attention", "mixes time in a way that is not understood"),
+    Attention: ("softmax", "looks ahead: attention without a causal mask"),
+    FusedAttention: ("scaled_dot_product_attention", "looks ahead: attention without a causal mask"),
     ToeplitzProduct: ("matmul", "uses where, a constant that depends on the absolute position"),
     MeanOverTime: ("mean", r"its result \[B, 1, 8\] has no time axis: it reduces or picks over time"),
     InstanceNorm: ("instance_norm", "looks ahead: a later token changes an earlier output"),
@@ -178,14 +177,21 @@ MIXES_TIME = {
 # ---- positions, lengths and rows of the batch ----------------------------------------------------------------------
 
 
-class PositionEmbedding(Mixer):
+class PositionsFromTheEnd(Mixer):
     def forward(self, x: Tensor) -> Tensor:
-        return x[..., :WIDTH] + self.taps.T[: x.shape[1]]
+        return x[..., :WIDTH] + self.taps.T[: x.shape[1]].flip(0)
 
 
-class PositionNumbers(Mixer):
+class PositionsAsAShare(Mixer):
     def forward(self, x: Tensor) -> Tensor:
-        return x[..., :WIDTH] * torch.arange(x.shape[1])[None, :, None]
+        return x[..., :WIDTH] * torch.linspace(0, 1, x.shape[1])[None, :, None]
+
+
+class PositionsAsChannels(Mixer):
+    """A table for positions that lines up with the channels of a turned signal."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("btc,t->btc", x[..., :WIDTH], torch.arange(x.shape[1]) * 1.0)
 
 
 class LengthAsDivisor(Mixer):
@@ -219,8 +225,9 @@ class TrainingBatchNorm(Mixer):
 
 
 POSITIONS = {
-    PositionEmbedding: ("add", r"uses slice_\d, a constant that depends on the absolute position"),
-    PositionNumbers: ("mul", r"uses unsqueeze_\d, a constant that depends on the absolute position"),
+    PositionsFromTheEnd: ("add", r"uses flip, a constant that depends on the absolute position"),
+    PositionsAsAShare: ("mul", r"uses unsqueeze_\d, a constant that depends on the absolute position"),
+    PositionsAsChannels: ("einsum", r"uses mul\w*, a constant that depends on the absolute position"),
     LengthAsDivisor: ("div", "depends on the length of the sequence"),
     LengthAsFactor: ("mul", "uses truediv, a number that changes with the length of the sequence"),
     LengthAsConstant: ("div", "uses sum_1, a constant that changes with the length of the sequence"),

@@ -81,7 +81,7 @@ def _stages(loss: float | None, rise: float, kl: float | None) -> list[StageFide
             loss=None if loss is None else loss * (1 + rise * different),
             kl_mean=None if kl is None else kl * different,
             top1_agreement=None if kl is None else 1 - 0.0088 * different,
-            max_logit_difference=2.3125 * different,
+            max_difference=2.3125 * different,
         )
         for name, different in zip(names, changed, strict=True)
     ]
@@ -283,6 +283,25 @@ def test_figures_that_are_not_finite_are_shown_and_kept() -> None:
 )
 def test_odd_figures_still_render(changes: dict[str, Any]) -> None:
     _Page(render_report(_distilled(**changes)))
+
+
+def test_a_continuous_signal_is_judged_by_its_error() -> None:
+    stages = [
+        StageFidelity(name=name, tokens=2048, relative_error=error, max_difference=5 * error)
+        for name, error in [("reference", 0.0), ("captured", 0.0), ("distilled", 0.012), ("onnx", 0.012)]
+    ]
+    model = ModelReport(family="s4d", source="s4.pt", parameters=10, features=3, context_length=64)
+    budget = BudgetReport(
+        requested=0.02, measured=0.012, orders=[OrderTried(order=8, loss=1.4e-4, rise=0.012, expected=0.014)]
+    )
+    changes = {"stages": stages, "model": model, "calibration": "white noise of size 1, seed 0", "notes": ["a note"]}
+    page = _Page(render_report(_distilled(budget=budget, **changes)))
+    for text_ in ("The outputs differ by 0.0120 of their size", "Relative error", "of the outputs, budget 0.0200",
+                  "Error by stage", "white noise of size 1, seed 0", "a note", "Positions"):  # fmt: skip
+        assert text_ in page.text, text_
+    for text_ in ("Loss", "nats", "KL", "agreement", "tokens"):
+        assert text_ not in page.text, text_
+    _Page(render_report(_distilled(budget=None, **changes)))
 
 
 def test_report_json_reads_back_as_it_was_written() -> None:

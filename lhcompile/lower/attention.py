@@ -1,0 +1,120 @@
+"""Attention and positions in standard ONNX operators.
+
+Caches have a fixed capacity C, so no shape grows from call to call. Axes: B rows, T tokens, G groups of keys, R query
+heads a group, D and E the widths of keys and values. Entry c of a row's cache is the position c; what lies behind the
+row's own position is hidden, whatever stands there. Runtimes refuse positions past the capacity before they run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import opset20
+
+__all__ = ["attend", "attend_one", "position", "position_one"]
+
+Value = Any  # a value of the graph being traced
+op: Any = opset20
+
+
+def position_one(signal: Value, start: Value) -> tuple[Value, Value]:
+    """One token: its place is where the row stands. start: int64 [B, 1] → int64 [B, 1] both"""
+    return op.Identity(start), op.Add(start, _ints(1))
+
+
+def position(signal: Value, start: Value) -> tuple[Value, Value]:
+    """Any number of tokens: int64 [B, T], int64 [B, 1]"""
+    time = op.Shape(signal, start=1, end=2)
+    return _places(signal, start), op.Add(start, time)
+
+
+def attend_one(
+    q: Value, k: Value, v: Value, keys: Value, values: Value, start: Value, scale: float
+) -> tuple[Value, Value, Value]:
+    """One token. Its key and value are scattered into their place, no cache is repeated for heads; how the products are
+    written was measured (docs/decisions/008)."""
+    _, groups, capacity, width = _sizes(keys)
+    heads, value_width = int(q.shape[2]), int(v.shape[3])
+    shared = heads // groups
+    slots = _constant(np.arange(capacity))
+    keys, values = _put(keys, k, start), _put(values, v, start)
+    asked = op.Reshape(_scaled(q, scale), _ints(0, groups, shared, width))
+    if shared == 1:
+        scores = op.MatMul(asked, op.Transpose(keys, perm=[0, 1, 3, 2]))
+    else:
+        scores = op.MatMul(keys, op.Transpose(asked, perm=[0, 1, 3, 2]))
+        scores = op.Transpose(scores, perm=[0, 1, 3, 2])
+    later = op.Unsqueeze(op.Greater(slots, start), _ints(1, 2))  # [B, 1, 1, C]
+    weights = op.Softmax(op.Where(later, _hidden(), scores), axis=-1)
+    return op.Reshape(op.MatMul(weights, values), _ints(0, 1, heads, value_width)), keys, values
+
+
+def attend(
+    q: Value, k: Value, v: Value, keys: Value, values: Value, start: Value, scale: float
+) -> tuple[Value, Value, Value]:
+    """Any number of tokens; every row may stand at a place of its own."""
+    _, groups, capacity, width = _sizes(keys)
+    heads, value_width = int(q.shape[2]), int(v.shape[3])
+    shared = heads // groups
+    slots = _constant(np.arange(capacity))
+    places = _places(q, start)
+    sources = _sources(q, start, slots, groups, capacity)
+    keys, values = (
+        op.GatherND(op.Concat(cache, op.Transpose(new, perm=[0, 2, 1, 3]), axis=2), sources, batch_dims=2)
+        for cache, new in ((keys, k), (values, v))
+    )
+    asked = op.Reshape(_scaled(q, scale), _ints(0, 0, groups, shared, width))
+    asked = op.Reshape(op.Transpose(asked, perm=[0, 2, 3, 1, 4]), _ints(0, groups, -1, width))  # [B, G, R · T, D]
+    scores = op.MatMul(asked, op.Transpose(keys, perm=[0, 1, 3, 2]))
+    scores = op.Reshape(scores, _ints(0, groups, shared, -1, capacity))
+    later = op.Greater(slots, op.Unsqueeze(places, _ints(1, 2, 4)))  # [B, 1, 1, T, C]
+    weights = op.Softmax(op.Where(later, _hidden(), scores), axis=-1)
+    heard = op.MatMul(op.Reshape(weights, _ints(0, groups, -1, capacity)), values)
+    heard = op.Reshape(heard, _ints(0, groups, shared, -1, value_width))
+    y = op.Transpose(heard, perm=[0, 3, 1, 2, 4])
+    return op.Reshape(y, _ints(0, 0, heads, value_width)), keys, values
+
+
+def _put(cache: Value, new: Value, start: Value) -> Value:
+    """A cache [B, G, C, width] with the one entry new [B, 1, G, width] at each row's place."""
+    _, groups, _, width = _sizes(cache)
+    place = op.Add(_constant(np.zeros((1, groups, 1, width), np.int64)), op.Unsqueeze(start, _ints(1, 2)))
+    return op.ScatterElements(cache, place, op.Reshape(new, _ints(0, groups, 1, width)), axis=2)
+
+
+def _places(signal: Value, start: Value) -> Value:
+    """The place of every token, int64 [B, T]."""
+    time = op.Squeeze(op.Shape(signal, start=1, end=2), _ints(0))
+    return op.Add(start, op.Range(_constant(np.array(0)), time, _constant(np.array(1))))
+
+
+def _sources(signal: Value, start: Value, slots: Value, groups: int, capacity: int) -> Value:
+    """Where each entry of the new cache stands in [old cache, new tokens], int64 [B, G, C, 1]."""
+    token = op.Sub(slots, start)  # [B, C]: which of the tokens belongs into an entry
+    fresh = op.And(op.GreaterOrEqual(token, _ints(0)), op.Less(token, op.Shape(signal, start=1, end=2)))
+    source = op.Where(fresh, op.Add(token, _ints(capacity)), slots)
+    batch = op.Shape(signal, start=0, end=1)
+    return op.Expand(op.Unsqueeze(source, _ints(1, 3)), op.Concat(batch, _ints(groups, capacity, 1), axis=0))
+
+
+def _sizes(cache: Value) -> tuple[Any, int, int, int]:
+    batch, groups, capacity, width = cache.shape
+    return batch, int(groups), int(capacity), int(width)
+
+
+def _scaled(q: Value, scale: float) -> Value:
+    return q if scale == 1.0 else op.Mul(q, _constant(np.array(scale, np.float32)))
+
+
+def _hidden() -> Value:
+    return _constant(np.array(-np.inf, np.float32))
+
+
+def _constant(array: np.ndarray[Any, Any]) -> Value:
+    return op.Constant(value=ir.tensor(np.ascontiguousarray(array).reshape(array.shape)))
+
+
+def _ints(*values: int) -> Value:
+    return op.Constant(value_ints=list(values))
