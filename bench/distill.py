@@ -51,7 +51,7 @@ SLOW = ("gradient", "gradient-h2")
 """Methods that are run at fewer orders, not in the weighted norm, and not on planted systems without noise."""
 SAMPLE, SEARCHED, PATIENT, PLANTED = 64, 50, 12, 16
 """Filters of the example, spread over its layers: for filters, starts, patience; planted systems of each kind."""
-LIMIT = 10.0
+LIMIT = 30.0
 """Seconds that the next point of a cost curve may take, judged by how the last two grew."""
 Row = dict[str, Any]
 
