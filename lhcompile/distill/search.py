@@ -7,7 +7,8 @@ prediction to second order is wrong where an error is large.
 *What other text will see.* The difference of the losses on calibration tokens is an estimate without bias, but a noisy
 one: over 32 768 tokens its standard error is half of a budget of 0.1 %. The KL divergence is ten times as sure. It is
 the rise that text drawn from the source model would see; that of real text is smaller, since no model predicts it
-perfectly. The budget is held against the mean of the two and two of its standard errors.
+perfectly. The budget is held against the mean of the two and two of its standard errors. A loss that falls by more than
+two of them counts as one that falls by two: text that the model knows badly is no reason to change what it says.
 
 *Continuous signals* have no loss. Their budget is the relative l2 error of the outputs, and its square is the cost that
 is predicted and measured in place of the divergence.
@@ -125,7 +126,7 @@ def expected(rises: Tensor, divergences: Tensor | None) -> float:
     divergence = float(divergences.mean())
     if len(rises) == 1:
         return max(rise, divergence)
-    return (rise + divergence) / 2 + noise  # of a half the standard error is a half
+    return (max(rise, -2 * noise) + divergence) / 2 + noise  # of a half the standard error is a half
 
 
 def _orders(limit: int, same: bool) -> tuple[int, ...]:

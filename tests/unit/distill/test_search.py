@@ -67,6 +67,8 @@ def test_what_is_expected_lies_between_both_estimates_and_grows_with_the_noise()
     assert expected(noisy, torch.full((4,), 0.3)) == pytest.approx(0.2 + float(noisy.std()) / 4)
     assert expected(noisy, None) == pytest.approx(0.1 + 2 * float(noisy.std()) / 4)
     assert expected(steady[:1], torch.tensor([0.3])) == pytest.approx(0.3)
+    spread = float(noisy.std()) / 4
+    assert expected(noisy - 9, torch.full((4,), 0.3)) == pytest.approx((0.3 - 2 * spread) / 2 + spread)
 
 
 def test_states_of_shared_filters_cost_as_much_as_they_take() -> None:
