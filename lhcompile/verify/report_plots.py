@@ -204,11 +204,14 @@ def order_search(budget: BudgetReport, heard: str, cost: str) -> str:
             ([entry.expected for entry in tried], ACCENT, "o", f"expected of other {heard}, on the safe side"),
             ([entry.rise for entry in tried], MUTED, "s", f"measured on calibration {heard}"),
         )
+        straight, largest = max(200 * budget.requested, 1e-3), 0.0
         for rises, color, marker, label in lines:
             found = _finite([100 * rise for rise in rises])
             axes.plot(orders, found, color=color, linewidth=1.6, marker=marker, markersize=4, label=label)
+            largest = max(largest, float(np.nanmax(np.abs(found), initial=0)))
         axes.legend(loc="upper right", frameon=False)
-        axes.set_yscale("symlog", linthresh=max(200 * budget.requested, 1e-3))
+        if largest > straight:
+            axes.set_yscale("symlog", linthresh=straight)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_locator(MaxNLocator(7))
