@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import version
-
-import onnx_ir as ir
+from pathlib import Path
 
 from lhcompile.artifacts import Distilled, LoadedModel, Lowered, Program
+from lhcompile.errors import DestinationError
+from lhcompile.lower import write_graphs
+from lhcompile.package import Link, Source
 from lhcompile.package.manifest import (
     Distillation,
     FeatureFidelity,
@@ -24,9 +26,22 @@ from lhcompile.package.manifest import (
 from lhcompile.verify import summary
 from lhcompile.verify.model import BudgetReport, GraphReport, LayerReport, ModelReport, Report, StageFidelity
 
-__all__ = ["VERSIONED", "manifest_of", "report_of", "serialized"]
+__all__ = ["VERSIONED", "graph_files", "manifest_of", "report_of"]
 
 VERSIONED = ("lhcompile", "torch", "onnx", "onnxruntime", "onnxscript", "numpy")
+STEP, PREFILL = "step.onnx", "prefill.onnx"
+
+
+def graph_files(lowered: Lowered, place: Path) -> dict[str, Source]:
+    """Both graphs, and their weights if those are large, as files in the workspace `place`, for `package`.
+
+    Raises DestinationError where they cannot be written.
+    """
+    try:
+        paths = write_graphs({STEP: lowered.step, PREFILL: lowered.prefill}, place)
+    except OSError as error:
+        raise DestinationError(f"cannot write into {place.parent}: {error.strerror or error}") from error
+    return {path.name: Link(path) for path in paths}
 
 
 def manifest_of(
@@ -54,7 +69,7 @@ def manifest_of(
             parameters=loaded.parameters,
         ),
         tokenizer=_tokenizer(program, tokenizer),
-        graphs=Graphs(step=Graph(file="step.onnx"), prefill=Graph(file="prefill.onnx")),
+        graphs=Graphs(step=Graph(file=STEP), prefill=Graph(file=PREFILL)),
         inputs=Inputs(**{"tokens" if tokens else "features": program.signal.input}),
         outputs=Outputs(**{"logits" if tokens else "values": program.signal.output}),
         states=[
@@ -174,8 +189,3 @@ def _block(path: str) -> str:
     """The part of a module path up to its first number: one layer of the model."""
     match = re.match(r".*?\b\d+\b", path)
     return match.group(0) if match else path
-
-
-def serialized(model: ir.Model) -> bytes:
-    """The bytes of an .onnx file."""
-    return ir.to_proto(model).SerializeToString()

@@ -13,7 +13,6 @@ package    the directory, whole or not at all
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from lhruntime import Session
 
 from lhcompile import verify
 from lhcompile.artifacts import Program
-from lhcompile.assemble import manifest_of, report_of, serialized
+from lhcompile.assemble import graph_files, manifest_of, report_of
 from lhcompile.calibrate import SAMPLED_LENGTH, calibrate, check_readable, token_limit
 from lhcompile.capture import capture
 from lhcompile.config import BuildConfig, DistillConfig
@@ -33,7 +32,7 @@ from lhcompile.distill import distill
 from lhcompile.errors import DistillError
 from lhcompile.load import load
 from lhcompile.lower import lower
-from lhcompile.package import Manifest, check_destination, package
+from lhcompile.package import Manifest, Source, check_destination, package, size_of, workspace
 from lhcompile.recognize import recognize
 from lhcompile.streamify import check_capacity, streamify
 from lhcompile.verify.graphs import check_graphs
@@ -96,36 +95,34 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
     with progress.stage("streamify"):
         streamed = streamify(distilled.program, config.streamify.max_context)
         verify.check_streamed(streamed, distilled.program, few)
-    with progress.stage("lower"):
-        lowered = lower(streamed, config.lower)
-        graph = check_graphs(lowered, streamed.signal)
-        files: dict[str, bytes | Path] = {
-            "step.onnx": serialized(lowered.step),
-            "prefill.onnx": serialized(lowered.prefill),
-        }
-        if config.calibration.tokenizer is not None:
-            files["tokenizer.json"] = config.calibration.tokenizer
-    tokenizer = "tokenizer.json" if "tokenizer.json" in files else None
-    with progress.stage("verify") as say, _rehearsal(files, manifest_of(loaded, lowered, streamed)) as onnx:
-        say("feeding the graphs in every cut")
-        verify.check_session(onnx, streamed, few)
-        say(f"measuring on {heldout.shape[:2].numel()} held-out positions")
-        stages = verify.fidelity(
-            loaded.module,
-            {"captured": captured, "distilled": distilled.program, "streamed": streamed, "onnx": onnx},
-            heldout,
-        )
-    with progress.stage("package"):
-        sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in files.items()}
-        searched = config.distill.rise if distilled.trials else None
-        report = report_of(
-            loaded, lowered, streamed, distilled, stages, graph, searched, sizes, progress.timings, command,
-            sequences.source,
-        )  # fmt: skip
-        files["report.json"] = report.model_dump_json(indent=1).encode()
-        files["report.html"] = render_report(report).encode()
-        manifest = manifest_of(loaded, lowered, streamed, report.layers, stages, progress.timings, tokenizer)
-        package(config.package.output, files, manifest, force=config.package.force)
+    with workspace(config.package.output) as place:
+        with progress.stage("lower"):
+            lowered = lower(streamed, config.lower)
+            graph = check_graphs(lowered, streamed.signal)
+            files = graph_files(lowered, place)
+            if config.calibration.tokenizer is not None:
+                files["tokenizer.json"] = config.calibration.tokenizer
+        tokenizer = "tokenizer.json" if "tokenizer.json" in files else None
+        with progress.stage("verify") as say, _rehearsal(files, manifest_of(loaded, lowered, streamed), place) as onnx:
+            say("feeding the graphs in every cut")
+            verify.check_session(onnx, streamed, few)
+            say(f"measuring on {heldout.shape[:2].numel()} held-out positions")
+            stages = verify.fidelity(
+                loaded.module,
+                {"captured": captured, "distilled": distilled.program, "streamed": streamed, "onnx": onnx},
+                heldout,
+            )
+        with progress.stage("package"):
+            sizes = {name: size_of(file) for name, file in files.items()}
+            searched = config.distill.rise if distilled.trials else None
+            report = report_of(
+                loaded, lowered, streamed, distilled, stages, graph, searched, sizes, progress.timings, command,
+                sequences.source,
+            )  # fmt: skip
+            files["report.json"] = report.model_dump_json(indent=1).encode()
+            files["report.html"] = render_report(report).encode()
+            manifest = manifest_of(loaded, lowered, streamed, report.layers, stages, progress.timings, tokenizer)
+            package(config.package.output, files, manifest, force=config.package.force)
     return report
 
 
@@ -143,8 +140,7 @@ def _stand_in(recognized: Program) -> Program:
 
 
 @contextmanager
-def _rehearsal(files: dict[str, bytes | Path], manifest: Manifest) -> Iterator[verify.SessionModel]:
-    """The graphs in a directory of their own, driven by the runtime as users will drive them."""
-    with tempfile.TemporaryDirectory() as place:
-        directory = package(Path(place) / "model", dict(files), manifest, force=False)
-        yield verify.SessionModel(lambda batch: Session.load(directory, batch=batch))
+def _rehearsal(files: dict[str, Source], manifest: Manifest, place: Path) -> Iterator[verify.SessionModel]:
+    """The graphs in a directory of their own in `place`, driven by the runtime as users will drive them."""
+    directory = package(place / "rehearsal", files, manifest, force=False)
+    yield verify.SessionModel(lambda batch: Session.load(directory, batch=batch, verify=False))

@@ -127,6 +127,7 @@ def bench(
         prefills.append(time.perf_counter() - started)
     step = float(np.median(durations[10:]))
     states = session.states()
+    graphs = [file for kind in ("*.onnx", "*.bin") for file in sorted(Path(directory).glob(kind))]
     return Bench(
         batch=batch,
         threads=threads,
@@ -136,7 +137,7 @@ def bench(
         prefill_tokens=prefill_tokens,
         prefill_tokens_per_second=batch * prefill_tokens / float(np.median(prefills[1:])),
         state_bytes=sum(state.nbytes for state in states.values()) // batch,
-        file_bytes={file.name: file.stat().st_size for file in sorted(Path(directory).glob("*.onnx*"))},
+        file_bytes={file.name: file.stat().st_size for file in graphs},
     )
 
 

@@ -11,8 +11,9 @@ from lhcompile.artifacts import Lowered, Program
 from lhcompile.config import LowerConfig
 from lhcompile.lower import cpu, portable
 from lhcompile.lower.export import export_onnx
+from lhcompile.lower.external import write_graphs
 
-__all__ = ["lower"]
+__all__ = ["lower", "write_graphs"]
 
 _TARGETS = {"portable": (portable.Step, portable.Prefill), "cpu": (cpu.Step, cpu.Prefill)}
 

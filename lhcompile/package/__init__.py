@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from lhcompile.package.manifest import Manifest, PackageError, read_manifest
-from lhcompile.package.write import check_destination, package, verify_files
+from lhcompile.package.write import Link, Source, check_destination, package, size_of, verify_files, workspace
 
-__all__ = ["Manifest", "PackageError", "check_destination", "package", "read_manifest", "verify_files"]
+__all__ = [
+    "Link",
+    "Manifest",
+    "PackageError",
+    "Source",
+    "check_destination",
+    "package",
+    "read_manifest",
+    "size_of",
+    "verify_files",
+    "workspace",
+]

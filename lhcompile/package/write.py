@@ -14,7 +14,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,9 +30,27 @@ from lhcompile.package.manifest import (
     read_manifest,
 )
 
-__all__ = ["check_destination", "package", "verify_files"]
+__all__ = ["Link", "Source", "check_destination", "package", "size_of", "verify_files", "workspace"]
 
 _CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Link:
+    """A file in `workspace`, already on the device and never changed again, that may become the directory's own."""
+
+    path: Path
+
+
+Source = bytes | Path | Link
+"""Contents of a file, a file to copy, or one to link."""
+
+
+def size_of(source: Source) -> int:
+    """Bytes of a file that is to be packaged."""
+    if isinstance(source, bytes):
+        return len(source)
+    return (source.path if isinstance(source, Link) else source).stat().st_size
 
 
 def check_destination(destination: Path, force: bool) -> None:
@@ -59,10 +78,28 @@ def check_destination(destination: Path, force: bool) -> None:
         raise DestinationError(f"cannot write into {ancestor}: {error.strerror}") from None
 
 
-def package(destination: Path, files: dict[str, bytes | Path], manifest: Manifest, *, force: bool) -> Path:
+@contextlib.contextmanager
+def workspace(destination: Path) -> Iterator[Path]:
+    """A hidden directory beside the destination for large files that `package` links into place; gone at the end.
+
+    Missing parents of the destination are created, and removed again if the block fails.
+    Raises DestinationError if they cannot be.
+    """
+    destination = _resolve(destination)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_parents(destination))
+            place = stack.enter_context(_scratch(destination))
+        except OSError as error:
+            raise DestinationError(f"cannot write {destination}: {error.strerror or error}") from error
+        yield place
+
+
+def package(destination: Path, files: Mapping[str, Source], manifest: Manifest, *, force: bool) -> Path:
     """Writes `files` and manifest.json as the directory `destination` and returns its resolved path.
 
-    files: name inside the directory → its contents, or a file to copy; missing parent folders are created
+    files: name inside the directory → its contents, a file to copy, or a Link, which is copied only where the system
+        has no hard links; missing parent folders are created
     manifest: its `files` is replaced by the checksums and sizes of what is written
     force: replace a built directory that is already there, whole; it is put back if that fails
 
@@ -168,9 +205,14 @@ def _scratch(destination: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write(path: Path, source: bytes | Path) -> FileEntry:
+def _write(path: Path, source: Source) -> FileEntry:
     """Writes one file to disk, through to the device, and returns its checksum and size."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(source, Link):
+        if _linked(source.path, path):
+            with open(path, "rb") as reader:
+                return _copy(reader, None)
+        source = source.path
     with (
         io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as reader,
         open(path, "xb") as writer,
@@ -179,6 +221,15 @@ def _write(path: Path, source: bytes | Path) -> FileEntry:
         writer.flush()
         os.fsync(writer.fileno())
     return entry
+
+
+def _linked(source: Path, path: Path) -> bool:
+    """Whether `path` could be made a hard link to `source`: some filesystems have none."""
+    try:
+        os.link(source, path)
+    except OSError:  # whatever else is wrong, copying will say
+        return False
+    return True
 
 
 def _copy(reader: BinaryIO, writer: BinaryIO | None) -> FileEntry:

@@ -104,18 +104,22 @@ def _describe(cuts: Sequence[int]) -> str:
 
 
 class SessionModel:
-    """A built directory as a Model: tokens or features to logits or values, from zero states."""
+    """A built directory as a Model: tokens or features to logits or values, from zero states.
+
+    One session is open at a time, since each holds the weights of both graphs.
+    """
 
     def __init__(self, load: Callable[[int], Session]) -> None:
         self._load = load
-        self._sessions: dict[int, Session] = {}
+        self._session: Session | None = None
 
     def session(self, batch: int) -> Session:
         """The session for this batch, freshly reset."""
-        if batch not in self._sessions:
-            self._sessions[batch] = self._load(batch)
-        self._sessions[batch].reset()
-        return self._sessions[batch]
+        if self._session is None or self._session.batch != batch:
+            self._session = None  # before another takes its memory
+            self._session = self._load(batch)
+        self._session.reset()
+        return self._session
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return torch.from_numpy(np.array(self.session(len(tokens)).prefill(tokens.numpy())))

@@ -10,9 +10,20 @@ import pytest
 
 import lhcompile.package.write as write
 from lhcompile.errors import DestinationError
-from lhcompile.package import Manifest, PackageError, check_destination, package, read_manifest, verify_files
+from lhcompile.package import (
+    Link,
+    Manifest,
+    PackageError,
+    Source,
+    check_destination,
+    package,
+    read_manifest,
+    size_of,
+    verify_files,
+    workspace,
+)
 
-FILES: dict[str, bytes | Path] = {"step.onnx": b"step" * 1000, "prefill.onnx": b"prefill"}
+FILES: dict[str, Source] = {"step.onnx": b"step" * 1000, "prefill.onnx": b"prefill"}
 
 
 @pytest.fixture
@@ -128,7 +139,7 @@ def test_a_link_to_a_build_stays_a_link(tmp_path: Path, manifest: Manifest) -> N
 def _break_second_write(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     whole, seen = write._write, []
 
-    def broken(path: Path, source: bytes | Path) -> object:
+    def broken(path: Path, source: Source) -> object:
         seen.append(path)
         if len(seen) == 2:
             path.write_bytes(b"half")
@@ -244,3 +255,51 @@ def test_the_manifest_on_disk_is_plain_json(tmp_path: Path, manifest: Manifest) 
     document = json.loads((out / "manifest.json").read_text())
     assert list(document)[:2] == ["format", "format_version"]
     assert "tokenizer" not in document
+
+
+def _linked(destination: Path, manifest: Manifest, data: bytes) -> list[int]:
+    """Packages a file of the workspace twice, as a rehearsal and in earnest; inodes of the three."""
+    with workspace(destination) as place:
+        large = place / "large"
+        large.write_bytes(data)
+        files = FILES | {"weights.bin": Link(large)}
+        assert size_of(files["weights.bin"]) == len(data)
+        first = package(place / "rehearsal", files, manifest, force=False)
+        package(destination, files, manifest, force=False)
+        return [path.stat().st_ino for path in (large, first / "weights.bin", destination / "weights.bin")]
+
+
+def test_a_link_is_written_once_and_alone_in_the_end(tmp_path: Path, manifest: Manifest) -> None:
+    out, data = tmp_path / "a" / "b" / "out", os.urandom(3 << 20)
+    assert len(set(_linked(out, manifest, data))) == 1
+    verify_files(out)
+    assert (out / "weights.bin").read_bytes() == data
+    assert (out / "weights.bin").stat().st_nlink == 1
+    assert _tree(tmp_path / "a").keys() == {"b/", "b/out/", *(f"b/out/{path.name}" for path in out.iterdir())}
+
+
+def test_a_link_is_copied_where_there_are_no_hard_links(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, path: Path) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(write.os, "link", refuse)
+    assert len(set(_linked(tmp_path / "out", manifest, b"weights"))) == 3
+    verify_files(tmp_path / "out")
+    assert (tmp_path / "out" / "weights.bin").read_bytes() == b"weights"
+
+
+def test_a_failure_in_the_workspace_leaves_no_trace(tmp_path: Path) -> None:
+    def interrupted(destination: Path) -> None:
+        with workspace(destination) as place:
+            assert place.parent == destination.parent
+            (place / "large").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "deep" / "er" / "out")
+    assert _tree(tmp_path) == {}
+    (tmp_path / "file").touch()
+    with pytest.raises(DestinationError, match=r"cannot write .*/file/out: (Not a directory|File exists)"):
+        interrupted(tmp_path / "file" / "out")

@@ -1,0 +1,100 @@
+"""Graphs as files; weights too large for them in one file beside both, each distinct tensor once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx_ir as ir
+
+__all__ = ["WEIGHTS_NAME", "write_graphs"]
+
+WEIGHTS_NAME = "weights.bin"
+MOST_INLINE = 1_500_000_000
+"""Bytes of weights up to which a graph holds them itself; a protobuf ends below 2 GiB."""
+SMALL = 1024
+"""Bytes below which a tensor stays in the graph all the same."""
+PAGE = 4096
+"""Offsets are multiples of it, so that a runtime can map a tensor where it lies."""
+
+
+def write_graphs(models: dict[str, ir.Model], directory: Path) -> list[Path]:
+    """Writes each model under its name, through to the device; returns the paths of all files written.
+
+    Where the weights of one model exceed `MOST_INLINE`, those of all go to weights.bin as ONNX external data, and
+    models that hold the same tensor refer to the same place. One tensor at a time is copied; the models stay as they
+    are. Raises OSError when a file exists or cannot be written.
+    """
+    paths = [directory / name for name in models]
+    if max(map(_weight_bytes, models.values())) <= MOST_INLINE:
+        for path, model in zip(paths, models.values(), strict=True):
+            _write(path, model)
+        return paths
+    shared = directory / WEIGHTS_NAME
+    with _created(shared) as stream:
+        weights = _Weights(stream)
+        for path, model in zip(paths, models.values(), strict=True):
+            with weights.hold(model):
+                _write(path, model)
+    return [*paths, shared]
+
+
+class _Weights:
+    """weights.bin while it is written: where each tensor begins, by the hash of its bytes."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._offsets: dict[bytes, int] = {}
+
+    @contextmanager
+    def hold(self, model: ir.Model) -> Iterator[None]:
+        """Writes the model's weights; inside the block its initializers refer to the file."""
+        large = [(value, tensor) for value, tensor in _initializers(model) if tensor.nbytes >= SMALL]
+        try:
+            for value, tensor in large:
+                value.const_value = self._external(value, tensor)
+            yield
+        finally:
+            for value, tensor in large:
+                value.const_value = tensor
+
+    def _external(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+        data = tensor.tobytes()
+        key = hashlib.sha256(data).digest()
+        if key not in self._offsets:
+            self._stream.write(b"\0" * (-self._stream.tell() % PAGE))
+            self._offsets[key] = self._stream.tell()
+            self._stream.write(data)
+        assert value.name is not None
+        place = (WEIGHTS_NAME, self._offsets[key], len(data))
+        return ir.ExternalTensor(*place, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name)
+
+
+def _initializers(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """Every initializer with its tensor, those of graphs inside nodes as well."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value, value.const_value
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    return sum(tensor.nbytes for _, tensor in _initializers(model))
+
+
+def _write(path: Path, model: ir.Model) -> None:
+    with _created(path) as stream:
+        stream.write(ir.to_proto(model).SerializeToString())
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[BinaryIO]:
+    """A new file, on the device at the end of the block."""
+    with open(path, "xb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
