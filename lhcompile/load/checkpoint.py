@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lhcompile.errors import CheckpointError
 from lhcompile.load.configuration import read_mapping
-from lhcompile.load.folder import CONFIG, weights_in
+from lhcompile.load.folder import CONFIG, options_in, weights_in
 from lhcompile.load.inert import read_inert, tensors_of
 
 __all__ = ["SUFFIXES", "Checkpoint", "fill", "read_checkpoint", "shape_text", "without_prefix"]
@@ -47,7 +47,7 @@ DAMAGE = (
 class Checkpoint:
     """tensors: by key, as stored; notes: what else was in the file and is not used.
 
-    path: the file or the folder; config: the options that lay beside the weights (config.json), empty if none did
+    path: the file or the folder; config: the options that lay beside the weights (`options_in`), empty if none did
     """
 
     path: Path
@@ -58,15 +58,15 @@ class Checkpoint:
     @property
     def config_file(self) -> Path:
         """Where `config` was found."""
-        return (self.path if self.path.is_dir() else self.path.parent) / CONFIG
+        return options_in(self.path) if self.path.is_dir() else self.path.parent / CONFIG
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """The state dict of a .pt, .pth, .ckpt, .bin or .safetensors file, or of a folder of such; its wrapper removed.
 
-    A folder has the layout of Hugging Face (`weights_in`), or holds one checkpoint; its config.json becomes `config`.
-    That beside a single .safetensors file, which has no place for options, does too. Entries named *_extra_state
-    belong to no weight and are dropped.
+    A folder has the layout of Hugging Face (`weights_in`), or holds one checkpoint; its config.json, or else its only
+    YAML file, becomes `config`. So does config.json beside a single .safetensors file, which has no place for options.
+    Entries named *_extra_state belong to no weight and are dropped.
 
     Raises CheckpointError, in one line, when a file is missing, damaged, no checkpoint, or would run code; ConfigError
     when config.json is no mapping.

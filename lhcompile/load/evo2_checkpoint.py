@@ -45,7 +45,7 @@ BIASES = {
     "hyena_out_proj_bias": "out_filter_dense.bias",
 }
 IGNORED_HERE = {
-    "ground_truth_activations_path", "hyena_filter_groups", "print_activations", "use_fp8_input_projections",
+    "ground_truth_activations_path", "hyena_filter_groups", "use_fp8_input_projections",
     "use_hcl_kernel", "use_hcm_kernel", "use_hcs_kernel",
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lhcompile.errors import CheckpointError
 
-__all__ = ["CONFIG", "Weights", "weights_in"]
+__all__ = ["CONFIG", "Weights", "options_in", "weights_in"]
 
 CONFIG = "config.json"
 WHOLE = ("model.safetensors", "pytorch_model.bin")
@@ -50,6 +50,12 @@ def weights_in(folder: Path, suffixes: Collection[str]) -> Weights:
         names = ", ".join(path.name for path in found[:4])
         raise CheckpointError(f"{folder}: holds several checkpoints ({names}); give one of them")
     return Weights((found[0],))
+
+
+def options_in(folder: Path) -> Path:
+    """The file of a folder that holds the model's options: config.json, or else the only YAML file."""
+    found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".yml", ".yaml"))
+    return found[0] if len(found) == 1 and not (folder / CONFIG).is_file() else folder / CONFIG
 
 
 def _shards(index: Path) -> dict[str, str]:

@@ -10,9 +10,9 @@ A loader settles its options in three steps:
    of --config wins.
 2. What shapes determine is taken from them; an option that says otherwise is an error, null says nothing.
 3. `settle` makes the family's dataclass: each of its fields comes from the shapes, else from the options, checked
-   against the field's type, else from its default, which is noted as assumed. An option that is no field must be in
-   `supported`, with one of the values listed there, or in `ignored`, which names those that change nothing; any other
-   is an error.
+   against the field's type (null says nothing), else from its default, which is noted as assumed. An option that is no
+   field must be in `supported`, with one of the values listed there, or in `ignored`, which names those that change
+   nothing; any other is an error.
 """
 
 from __future__ import annotations
@@ -88,15 +88,16 @@ def given_options(
         section = next((root[name] for name in sections if isinstance(root.get(name), dict)), root)
         found, unknown = resolved({k: v for k, v in section.items() if k not in nested}, root)
         for name in nested:
-            inner = section.get(name)
+            inner = section.get(name, root.get(name))
             if inner is not None and not isinstance(inner, dict):
                 raise ConfigError(f"{path}: the option {name} is no mapping")
             more, more_unknown = resolved(inner or {}, root)
             found, unknown = found | more, [*unknown, *more_unknown]
         for name, standard in (renamed or {}).items():
             if name in found:
-                value = found.pop(name)
-                if found.setdefault(standard, value) != value:
+                value, known = found.pop(name), found.get(standard)
+                found[standard] = value if known is None else known
+                if value is not None and found[standard] != value:
                     raise ConfigError(f"{path}: the options {name} and {standard} are one but differ")
         values |= found
         files |= dict.fromkeys(found, path)
@@ -131,7 +132,8 @@ def settle(
             if value is not None and (tuple(value) if isinstance(value, list) else value) != made:
                 raise given.refuse(name, f"is {value}, but {key!r} in the checkpoint makes it {made}")
         elif name in names and name not in ignored:
-            free[name] = value
+            if value is not None or names[name] is None or names[name] is MISSING:
+                free[name] = value
         elif name not in ignored:
             raise ConfigError(f"{given.files[name]}: unknown option {name!r}")
     assumed = [name for name in names if name not in free and name not in shaped and name not in ignored]

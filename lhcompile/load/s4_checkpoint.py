@@ -32,12 +32,14 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "final_act": ("glu",),
     "gate": (None,),
     "imag_transform": ("none",),
+    "initializer": (None,),
     "is_real": (False,),
     "kernel": (None,),
     "mult_act": (None,),
     "postact": (None, "glu"),
     "real_transform": ("exp",),
     "swap_channels": (False,),
+    "weight_norm": (False,),
 }
 """Options that are no fields of S4Config → the values that are built in."""
 IGNORED = {

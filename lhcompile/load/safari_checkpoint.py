@@ -86,7 +86,7 @@ def load_safari(checkpoint: Checkpoint, config: Path | None, context: int | None
 
 def filled_hyena(settled: Settled[Config], given: GivenOptions, model: Callable[[Config], nn.Module]) -> LoadedModel:
     """The model with implicit filters that the options describe, filled."""
-    reading = with_shared_freq(settled.reading, settled.options.num_inner_mlps)
+    reading = with_shared_freq(_with_fixed_freq(settled, given), settled.options.num_inner_mlps)
     if "local_order" in given.values:
         settled.notes.append("ignored local_order: the short filter's length is short_filter_order")
     with torch.device("meta"):
@@ -148,6 +148,23 @@ def hyena_shapes(reading: Reading) -> dict[str, tuple[Any, str]]:
         "short_filter_order": (reading.shape(short, "[(order + 1) * d_model, 1, short_filter_order]")[2], short),
         "post_order_ffn": (scale in reading.tensors, scale),
     }
+
+
+def _with_fixed_freq(settled: Settled[Config], given: GivenOptions) -> Reading:
+    """The reading with the frequency `w` for each filter's Sin, where `train_freq: false` kept it out of the file.
+
+    Raises ConfigError when `w`, which then no file holds, is not given.
+    """
+    reading = settled.reading
+    if given.values.get("train_freq") is not False or any(FREQ.match(key) for key in reading.tensors):
+        return reading
+    w = given.values.get("w")
+    if isinstance(w, bool) or not isinstance(w, int | float):
+        raise given.refuse("train_freq", "is false, so that no key holds the frequency: give it as w")
+    first = [key for key in reading.tensors if key.endswith(".implicit_filter.0.weight")]
+    freq = torch.full((1, settled.options.filter_order), float(w))
+    tensors = {**reading.tensors, **{key.replace(".0.weight", ".1.freq"): freq for key in first}}
+    return replace(reading, checkpoint=replace(reading.checkpoint, tensors=tensors))
 
 
 def with_shared_freq(reading: Reading, inner: int) -> Reading:

@@ -43,9 +43,9 @@ IGNORED = HUGGING_FACE | {
     "log_intermediate_values", "low_mem_mode", "make_vocab_size_divisible_by", "max_batch_size",
     "max_position_embeddings", "max_sequence_len", "mlp_dtype", "mlp_init_method", "mlp_output_init_method",
     "model_name", "model_parallel_size", "num_filters", "padding_idx", "params_dtype", "pile_parallel_size",
-    "pipe_parallel_size", "prefill_style", "process_group", "rng_fork", "seqlen", "split_k0", "tokenizer_type",
-    "use_flash_attention_2", "use_flash_attn", "use_flash_depthwise", "use_flashfft", "use_laughing_hyena",
-    "vocab_file",
+    "pipe_parallel_size", "prefill_style", "print_activations", "process_group", "rng_fork", "seqlen", "split_k0",
+    "tokenizer_type", "use_flash_attention_2", "use_flash_attn", "use_flash_depthwise", "use_flashfft",
+    "use_laughing_hyena", "vocab_file",
 }  # fmt: skip
 """Options that say how the published code computes or trains, not what."""
 

@@ -57,6 +57,17 @@ def test_one_file_or_shards(tmp_path: Path, name: str) -> None:
     assert (found.path, found.config, found.notes) == (tmp_path, {}, ())
 
 
+def test_the_only_yaml_file_of_a_folder_holds_the_options(tmp_path: Path) -> None:
+    torch.save({"a": A, "b": B}, tmp_path / "model.pt")
+    (tmp_path / "published.yml").write_text("eps: 0.1")
+    found = read_checkpoint(tmp_path)
+    assert (found.config, found.config_file) == ({"eps": 0.1}, tmp_path / "published.yml")
+    (tmp_path / "other.yaml").write_text("eps: 0.2")
+    assert read_checkpoint(tmp_path).config == {}
+    (tmp_path / "config.json").write_text('{"eps": 0.3}')
+    assert read_checkpoint(tmp_path).config == {"eps": 0.3}
+
+
 def test_the_config_beside_the_weights(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": A, "b": B}, tmp_path / "model.safetensors")
     torch.save({"a": A, "b": B}, tmp_path / "other.pt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,22 @@ def test_the_context(tmp_path: Path) -> None:
     assert load(str(weights), config=config, context=20).context_length == 20
     with pytest.raises(ConfigError, match="context 41 is not between 2 and the checkpoint's l_max 40"):
         load(str(weights), config=config, context=41)
+
+
+@pytest.mark.parametrize("form", ["hugging face", "lightning"])
+def test_a_frequency_that_was_not_trained_stands_in_the_options(tmp_path: Path, form: str) -> None:
+    published = hyenadna(form)
+    fixed = {key: 3.0 * torch.ones_like(value) if key.endswith(".freq") else value
+             for key, value in published.state.items()}  # fmt: skip
+    kept = loaded_as(form, replace(published, state=fixed), tmp_path / "kept").module
+    state = {key: value for key, value in published.state.items() if not key.endswith(".freq")}
+    options = json.loads(json.dumps(published.options))
+    inner = options.get("layer", options)
+    inner |= {"train_freq": False, "activation_freq" if form == "hugging face" else "w": 3}
+    left_out = replace(published, state=state, options=options)
+    ids = torch.arange(2 * LENGTH).reshape(2, LENGTH) % 12
+    torch.testing.assert_close(loaded_as(form, left_out, tmp_path / "left").module(ids), kept(ids), rtol=0, atol=0)
+    for name in ("activation_freq", "w"):
+        inner.pop(name, None)
+    with pytest.raises(ConfigError, match="train_freq is false, so that no key holds the frequency: give it as w"):
+        loaded_as(form, left_out, tmp_path / "unsaid")

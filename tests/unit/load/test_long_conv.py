@@ -229,10 +229,12 @@ def test_an_activation_that_no_shape_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("mode", "pool"), ("use_lengths", True)])
-def test_decoders_that_mix_positions(tmp_path: Path, name: str, value: Any) -> None:
+@pytest.mark.parametrize("flat", [False, True])
+def test_decoders_that_mix_positions(tmp_path: Path, name: str, value: Any, flat: bool) -> None:
     published = long_conv_sequence()
     published.options["decoder"] = {name: value}
-    published.options |= published.options.pop("model")
+    if flat:
+        published.options |= published.options.pop("model")
     weights, config = write(published, tmp_path)
     with pytest.raises(ConfigError, match=f"the option {name} = {value!r} is not supported"):
         load(str(weights), config=config)

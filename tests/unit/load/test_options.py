@@ -50,6 +50,13 @@ def test_null_says_nothing_of_what_shapes_say(tmp_path: Path) -> None:
     assert (options.width, options.limit) == (8, None)
 
 
+def test_null_leaves_a_default(tmp_path: Path) -> None:
+    options, notes = settled({"heads": 2, "eps": None, "tied": None}, tmp_path)
+    assert (options.eps, options.tied) == (Options(width=8, heads=2).eps, True)
+    assert "tied True" in notes[0]
+    assert "eps" in notes[0]
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "contradiction": ({"width": 9}, "the option width is 9, but 'embed.weight' in the checkpoint makes it 8"),
     "list": ({"layers": [1]}, "the option layers is [1], but 'layers.1' in the checkpoint makes it (1, 2)"),
@@ -104,6 +111,9 @@ def test_json_is_read_as_json(tmp_path: Path, config_file: Write) -> None:
 
 def test_mappings_and_names_that_contradict(tmp_path: Path, config_file: Write) -> None:
     checkpoint = Checkpoint(tmp_path / "a.pt", {})
+    both = given_options(checkpoint, config_file("{old: 1, new: null}"), renamed={"old": "new"})
+    assert both.values == {"new": 1}
+    assert given_options(checkpoint, config_file("{old: null, new: 2}"), renamed={"old": "new"}).values == {"new": 2}
     with pytest.raises(ConfigError, match="the options old and new are one but differ"):
         given_options(checkpoint, config_file("{old: 1, new: 2}"), renamed={"old": "new"})
     with pytest.raises(ConfigError, match="the option layer is no mapping"):
