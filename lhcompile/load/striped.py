@@ -17,6 +17,7 @@ Checkpoints hold z's channels and the rows of attention in several orders; here 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +71,7 @@ def _depthwise(u: Tensor, weight: Tensor) -> Tensor:
     return F.conv1d(u, weight, padding=weight.shape[-1] - 1, groups=u.shape[1])[..., : u.shape[-1]]
 
 
-class GatedConvolution(nn.Module):
+class GatedConvolution(nn.Module, ABC):
     """z [batch, time, 3 · width] → y [batch, time, width]; subclasses have the long filter."""
 
     def __init__(self, config: StripedConfig) -> None:
@@ -86,9 +87,9 @@ class GatedConvolution(nn.Module):
         x2, x1, v = z.transpose(1, 2).chunk(3, dim=-1)
         return self.convolve(x1 * v) * x2
 
+    @abstractmethod
     def convolve(self, u: Tensor) -> Tensor:
         """h * u + D · u; [batch, time, width] → like u"""
-        raise NotImplementedError
 
 
 class ModalFilter(GatedConvolution):
@@ -141,7 +142,7 @@ def _filter(config: StripedConfig, kind: str) -> GatedConvolution:
     return ExplicitFilter(config, *(config.hcm if kind == "hcm" else config.hcs))
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """x ← x + mix(pre_norm x); x ← x + mlp(post_norm x); subclasses mix."""
 
     def __init__(self, config: StripedConfig, activation: str) -> None:
@@ -150,9 +151,9 @@ class Block(nn.Module):
         self.post_norm = RMSNorm(config.width, config.eps, config.norm_inside)
         self.mlp = GatedMlp(config.width, config.inner, activation)
 
+    @abstractmethod
     def mix(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[batch, time, width] → like x; cos, sin: [time, dim / 2]"""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = self.mix(self.pre_norm(x), cos, sin) + x

@@ -171,9 +171,7 @@ def _loss_section(report: Report) -> _Section:
     reference = report.stages[0].loss
     if reference is not None and math.isfinite(reference):
         panels.append(_Panel("After each stage", Markup(plots.loss_by_stage(report.stages, report.budget))))
-        if report.budget is not None and report.budget.orders:
-            tried = plots.order_search(report.budget, "text", "rise of the loss")
-            panels.append(_Panel("While searching for the order", Markup(tried)))
+        panels += _search_panel(report, "text", "rise of the loss")
     return _Section(
         "loss",
         "Loss by stage",
@@ -187,9 +185,7 @@ def _loss_section(report: Report) -> _Section:
 
 def _error_section(report: Report) -> _Section:
     panels = [_Panel("After each stage", Markup(plots.error_by_stage(report.stages, report.budget)))]
-    if report.budget is not None and report.budget.orders:
-        tried = plots.order_search(report.budget, "signals", "error of the outputs")
-        panels.append(_Panel("While searching for the order", Markup(tried)))
+    panels += _search_panel(report, "signals", "error of the outputs")
     return _Section(
         "error",
         "Error by stage",
@@ -199,6 +195,13 @@ def _error_section(report: Report) -> _Section:
         panels,
         columns=len(panels),
     )
+
+
+def _search_panel(report: Report, heard: str, cost: str) -> list[_Panel]:
+    """What was tried, as `plots.order_search` draws it; nothing where no order was searched for."""
+    if report.budget is None or not report.budget.orders:
+        return []
+    return [_Panel("While searching for the order", Markup(plots.order_search(report.budget, heard, cost)))]
 
 
 def _order_section(report: Report) -> _Section:
