@@ -17,6 +17,7 @@ modal systems with respect to their input alone.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,9 +36,14 @@ def fft_convolve(u: Tensor, taps: Tensor) -> Tensor:
     """
     time = u.shape[-1]
     taps = taps[..., :time]
-    size = time + taps.shape[-1] - 1
+    size = _fast_size(time + taps.shape[-1] - 1)
     spectrum = torch.fft.rfft(u, n=size) * torch.fft.rfft(taps.to(u.dtype), n=size)
     return torch.fft.irfft(spectrum, n=size)[..., :time]
+
+
+def _fast_size(least: int) -> int:
+    """The smallest 2^n, 3 · 2^n or 5 · 2^n that is not below `least`: other sizes take an FFT several times as long."""
+    return min(factor << max(0, (-(-least // factor) - 1).bit_length()) for factor in (1, 3, 5))
 
 
 def per_channel(table: Tensor, channels: int, inner: int) -> Tensor:
@@ -137,33 +143,62 @@ def modal_ssm(
 def _modal_whole(
     u: Tensor, own: Tensor, other: Tensor, readout: Tensor, direct: Tensor, state: Tensor | None, inner: int
 ) -> tuple[Tensor, Tensor]:
-    """Any number of tokens of `modal_ssm`, in closed form."""
-    channels = u.shape[2]
-    owns, others = real_powers(own.double(), other.double(), u.shape[1])
-    driven = owns[:-1] + others[:-1]  # A^t (1, …, 1): [time, order, filters]
-    taps = _heard(driven, readout, direct)
-    y = _shared_convolve(u, taps.to(u.dtype), inner)
-    left = per_channel(driven.flip(0).to(u.dtype), channels, inner)
-    last = torch.einsum("btc,tnc->bnc", u, left)
+    """Any number of tokens of `modal_ssm`, in closed form: T tokens are cut in pieces of about √T, the first padded."""
+    time, channels = u.shape[1:]
+    near, far = _powers(own, other, time)
+    size, count = len(near[0]) - 1, len(far[0])
+
+    def wide(table: Tensor) -> Tensor:
+        return per_channel(table.to(u.dtype), channels, inner)
+
+    y = _shared_convolve(u, _factored_taps(near, far, readout, direct, time).to(u.dtype), inner)
+    pieces = torch.nn.functional.pad(u, (0, 0, size * count - time, 0)).unflatten(1, (count, size))
+    driven = wide((near[0] + near[1])[:-1].flip(0))  # A^t (1, …, 1): [size, order, channels]
+    ends = torch.einsum("bakc,knc->banc", pieces, driven)  # of each piece, had it begun with zero
+    same, swapped, last = wide(near[0][-1]), wide(near[1][-1]), ends[:, 0]
+    for end in ends.unbind(1)[1:]:
+        last = _turned(same, swapped, last) + end
     if state is not None:
-        heard = readout.double() * owns[1:] + swap(readout.double() * others[1:], 1)
-        y = y + torch.einsum("tnc,bnc->btc", per_channel(heard.to(u.dtype), channels, inner), state)
-        p, q = (per_channel(x[-1].to(u.dtype), channels, inner) for x in (owns, others))
-        last = last + p * state + q * swap(state, 1)
+        starts = _turned(wide(far[0]), wide(far[1]), state.unsqueeze(1))  # what the pieces begin with
+        heard = wide(_heard(near, readout)[1:])
+        y = y + torch.einsum("knc,banc->bakc", heard, starts).flatten(1, 2)[:, :time]
+        rest = time - size * (count - 1)
+        last = last + _turned(wide(near[0][rest]), wide(near[1][rest]), starts[:, -1])
     return y.contiguous(), last.contiguous()
+
+
+Powers = tuple[Tensor, Tensor]
+"""Powers of A in the form (own, other), each [powers, order, filters]"""
+
+
+def _powers(own: Tensor, other: Tensor, time: int) -> tuple[Powers, Powers]:
+    """(A^0 … A^K, then A^0, A^K, A^2K, … up to `time` exclusive) in float64, K about √time: all others are products."""
+    size = 1 << math.isqrt(time - 1).bit_length()
+    near = real_powers(own.double(), other.double(), size)
+    return near, real_powers(near[0][-1], near[1][-1], -(-time // size) - 1)
+
+
+def _turned(own: Tensor, other: Tensor, state: Tensor) -> Tensor:
+    """A s, with tables [..., order, channels] and s [..., order, channels] → the same"""
+    return own * state + other * swap(state, state.ndim - 2)
+
+
+def _heard(powers: Powers, readout: Tensor) -> Tensor:
+    """readoutᵀ A^t, [powers, order, filters]"""
+    readout = readout.double()
+    return readout * powers[0] + swap(readout * powers[1], 1)
+
+
+def _factored_taps(near: Powers, far: Powers, readout: Tensor, direct: Tensor, time: int) -> Tensor:
+    """taps readoutᵀ A^(aK + k) (1, …, 1), of both tables of `_powers`: float64 [filters, time]"""
+    taps = torch.einsum("knf,anf->fak", _heard(near, readout)[:-1], far[0] + far[1]).flatten(1)[:, :time]
+    taps[:, 0] += direct
+    return taps
 
 
 def modal_taps(system: RealModal, length: int) -> Tensor:
     """The impulse response of modal systems, float64 [filters, length]."""
-    owns, others = real_powers(system.own.double(), system.other.double(), length)
-    return _heard(owns[:-1] + others[:-1], system.readout, system.direct)
-
-
-def _heard(driven: Tensor, readout: Tensor, direct: Tensor) -> Tensor:
-    """driven: A^t (1, …, 1), [time, order, filters] → taps [filters, time]"""
-    taps = (driven * readout.double()).sum(1).T
-    taps[:, 0] += direct
-    return taps
+    return _factored_taps(*_powers(system.own, system.other, length), system.readout, system.direct, length)
 
 
 def _modal_step(

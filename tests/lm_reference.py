@@ -32,6 +32,8 @@ def sigmoid(x: Array) -> Array:
 
 
 ACTIVATED = {"id": lambda x: x, "gelu": gelu, "silu": lambda x: x * sigmoid(x), "tanh": np.tanh}
+ACTIVATED["sqrelu"] = lambda x: np.maximum(x, 0) ** 2
+ACTIVATED["laplace"] = lambda x: 0.5 * (1 + torch.erf(torch.from_numpy((x - 0.707107) / 0.282095 / np.sqrt(2))).numpy())
 
 
 def convolved(h: Array, u: Array) -> Array:
@@ -106,7 +108,7 @@ class HyenaReference(Reference):
         i = 0
         while f"{key}.implicit_filter.{i + 1}.freq" in self.w:
             x = self.linear(x, f"{key}.implicit_filter.{i}")
-            x = np.sin(self.w[f"{key}.implicit_filter.{i + 1}.freq"][0] * x)
+            x = np.sin(self.options.get("w_mod", 1.0) * self.w[f"{key}.implicit_filter.{i + 1}.freq"][0] * x)
             i += 2
         h = self.linear(x, f"{key}.implicit_filter.{i}")
         if self.options["modulate"]:

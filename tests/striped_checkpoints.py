@@ -124,10 +124,11 @@ def _mlp(draw: _Draw, options: dict[str, Any]) -> dict[str, Tensor]:
 def _attention(draw: _Draw, options: dict[str, Any]) -> dict[str, Tensor]:
     width, head = options["hidden_size"], options["hidden_size"] // options["num_attention_heads"]
     rows = width + 2 * width // options["proj_groups"]
+    base = float(options.get("rotary_emb_base", 10000))
     found = {
         "inner_mha_cls.Wqkv.weight": 2 * draw.linear(rows, width),
         "inner_mha_cls.out_proj.weight": draw.linear(width, width),
-        "inner_mha_cls.rotary_emb.inv_freq": torch.zeros(head // 2),  # what it holds is not to be used
+        "inner_mha_cls.rotary_emb.inv_freq": (base ** (-torch.arange(0, head, 2) / head)).bfloat16(),
     }
     if options["qkv_proj_bias"]:
         found["inner_mha_cls.Wqkv.bias"] = draw.vector(rows)

@@ -57,7 +57,7 @@ def _load_family(path: Path, config: Path | None, context: int | None) -> Loaded
 
     if path.is_file() and path.suffix not in SUFFIXES:
         raise CheckpointError(f"{path}: not a checkpoint: the name ends in none of {', '.join(SUFFIXES)}, .pt2")
-    found = read_checkpoint(path)
+    found = read_checkpoint(path, given=config is not None)
     for family in FAMILIES:
         if family.recognizes(found):
             return family.load(found, config, context)

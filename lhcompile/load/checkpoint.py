@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from lhcompile.errors import CheckpointError
 from lhcompile.load.configuration import read_mapping
-from lhcompile.load.folder import CONFIG, options_in, weights_in
+from lhcompile.load.folder import options_of, weights_in
 from lhcompile.load.inert import read_inert, tensors_of
+from lhcompile.load.mapped import MappedFiles
 
 __all__ = ["SUFFIXES", "Checkpoint", "fill", "read_checkpoint", "shape_text", "without_prefix"]
 
@@ -47,25 +48,21 @@ DAMAGE = (
 class Checkpoint:
     """tensors: by key, as stored; notes: what else was in the file and is not used.
 
-    path: the file or the folder; config: the options that lay beside the weights (`options_in`), empty if none did
+    path: the file or the folder; config: the options that lay beside the weights in `config_file`, empty if none did
     """
 
     path: Path
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def config_file(self) -> Path:
-        """Where `config` was found."""
-        return options_in(self.path) if self.path.is_dir() else self.path.parent / CONFIG
+    config_file: Path = Path("config.json")
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, given: bool = False) -> Checkpoint:
     """The state dict of a .pt, .pth, .ckpt, .bin or .safetensors file, or of a folder of such; its wrapper removed.
 
-    A folder has the layout of Hugging Face (`weights_in`), or holds one checkpoint; its config.json, or else its only
-    YAML file, becomes `config`. So does config.json beside a single .safetensors file, which has no place for options.
+    A folder has the layout of Hugging Face (`weights_in`), or holds one checkpoint. The options in it, or beside a
+    single file, become `config` (`options_of`); beside a file of torch only if no configuration is `given`.
     Entries named *_extra_state belong to no weight and are dropped.
 
     Raises CheckpointError, in one line, when a file is missing, damaged, no checkpoint, or would run code; ConfigError
@@ -74,10 +71,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file() and not path.is_dir():
         raise CheckpointError(f"{path}: the checkpoint does not exist")
     found = _read_folder(path) if path.is_dir() else _read_file(path)
-    beside = found.config_file
-    if beside.is_file() and (path.is_dir() or path.suffix == ".safetensors"):
-        notes = () if path.is_dir() else (f"read the options in {CONFIG} beside the file",)
-        found = replace(found, config=read_mapping(beside), notes=found.notes + notes)
+    beside = options_of(path)
+    if beside.is_file() and (path.is_dir() or path.suffix == ".safetensors" or not given):
+        notes = () if path.is_dir() else (f"read the options in {beside.name} beside the file",)
+        found = replace(found, config=read_mapping(beside), config_file=beside, notes=found.notes + notes)
     return found
 
 
@@ -222,17 +219,18 @@ def fill(module: nn.Module, checkpoint: Checkpoint, kind: str) -> None:
     """
     wanted = module.state_dict(keep_vars=True)
     _check_keys(wanted, checkpoint, kind)
+    files, own = MappedFiles(), dict[int, Tensor]()
     for key, value in wanted.items():
+        stored = checkpoint.tensors[key]
         _check_tensor(key, value, checkpoint, kind)
-    if not any(value.is_meta for value in wanted.values()):
-        module.load_state_dict({key: checkpoint.tensors[key] for key in wanted})
-        return
-    own: dict[int, Tensor] = {}
-    for key, value in wanted.items():
-        if id(value) not in own:
-            widened = checkpoint.tensors[key].to(value.dtype, copy=True)
+        if not value.is_meta:
+            value.data.copy_(stored)
+        elif id(value) not in own:
+            widened = stored.to(value.dtype, copy=True)
             own[id(value)] = nn.Parameter(widened) if isinstance(value, nn.Parameter) else widened
-    module.load_state_dict({key: own[id(value)] for key, value in wanted.items()}, assign=True)
+        files.let_go(stored)
+    if own:
+        module.load_state_dict({key: own.get(id(value), value) for key, value in wanted.items()}, assign=True)
 
 
 def _check_keys(wanted: Mapping[str, Tensor], checkpoint: Checkpoint, kind: str) -> None:

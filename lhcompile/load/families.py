@@ -30,8 +30,8 @@ class Family:
 
 FAMILIES = (
     Family(looks_like_h3, load_h3),
-    Family(looks_like_hyenadna, load_hyenadna),  # before safari: some of its files have safari's own keys
-    Family(looks_like_multihyena, load_multihyena),  # likewise, told by its fewer filters
+    Family(looks_like_multihyena, load_multihyena),  # before safari, whose keys it has, with fewer filters
+    Family(looks_like_hyenadna, load_hyenadna),  # likewise: some of its files have safari's own keys
     Family(looks_like_long_conv, load_long_conv),
     Family(looks_like_safari, load_safari),
     Family(looks_like_striped, load_striped),

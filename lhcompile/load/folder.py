@@ -9,9 +9,9 @@ from pathlib import Path
 
 from lhcompile.errors import CheckpointError
 
-__all__ = ["CONFIG", "Weights", "options_in", "weights_in"]
+__all__ = ["Weights", "options_of", "weights_in"]
 
-CONFIG = "config.json"
+CONFIGS = ("config.json", "config.yaml", "config.yml")
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 """The published names, the first preferred; each may be cut into shards listed by NAME.index.json."""
 
@@ -52,10 +52,19 @@ def weights_in(folder: Path, suffixes: Collection[str]) -> Weights:
     return Weights((found[0],))
 
 
-def options_in(folder: Path) -> Path:
-    """The file of a folder that holds the model's options: config.json, or else the only YAML file."""
-    found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".yml", ".yaml"))
-    return found[0] if len(found) == 1 and not (folder / CONFIG).is_file() else folder / CONFIG
+def options_of(model: Path) -> Path:
+    """The file with the options of a checkpoint or a folder; config.json of its folder, which may not exist, if none.
+
+    The first of: for a checkpoint, the file that is named as it is but for .json, .yaml or .yml; config.json,
+    config.yaml, config.yml; the only YAML file of the folder.
+    """
+    folder = model if model.is_dir() else model.parent
+    own = () if model.is_dir() else tuple(model.with_suffix(Path(name).suffix) for name in CONFIGS)
+    for path in (*own, *(folder / name for name in CONFIGS)):
+        if path.is_file():
+            return path
+    only = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".yml", ".yaml"))
+    return only[0] if len(only) == 1 else folder / CONFIGS[0]
 
 
 def _shards(index: Path) -> dict[str, str]:

@@ -3,7 +3,8 @@
     k ← shift * k + ssm_k_D · k;    y = (diag * (k · v) + D · k · v) · q;    output_linear(y)
 
 shift: an FIR filter of d_state taps, shift_t = Σ_n B_n C_{n+t}, one per channel
-diag:  diag_t = 2 Re Σ_n R_n p_n^t over d_state/2 complex modes, with A = −exp(inv_A_real) + i A_imag, dt = exp(log_dt):
+diag:  diag_t = 2 Re Σ_n R_n p_n^t over d_state/2 complex modes, with A = −r + i A_imag, dt = exp(log_dt), and r by
+    real_type of inv_A_real: exp, softplus, sigmoid, relu (plus 1e-4) or none, the value itself:
     bilinear  p = (1 + dt A/2) / (1 − dt A/2),   R = C B dt / (1 − dt A/2)
     zoh       p = exp(dt A),                     R = C B (exp(dt A) − 1) / A
 With head_dim > 1, k · v is the outer product of the channels of a head, all convolved alike, and · q sums over k's.
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lhcompile.load.lm import LanguageModel, LMConfig
-from lhcompile.load.modal import complex_modes
+from lhcompile.load.modal import audible, complex_modes, positive
 
 __all__ = ["H3LM", "H3Config", "H3Mixer"]
 
@@ -29,7 +30,8 @@ class H3Config(LMConfig):
     """Options of the model, under H3's names, those of `ssm_cfg` beside the others.
 
     d_state: states of each state-space model; n_ssm: how many (A, B) there are, head h has number h % n_ssm
-    l_max: longest kernel, None for no limit
+    l_max: longest kernel, None for no limit; force_real: A has no imaginary part; bandlimit: modes that turn by half of
+    this, or more, of a full turn in a step are silent, None for no limit
     """
 
     d_state: int = 64
@@ -37,6 +39,9 @@ class H3Config(LMConfig):
     n_ssm: int
     l_max: int | None = None
     disc: Literal["bilinear", "zoh"] = "bilinear"
+    real_type: Literal["none", "exp", "relu", "sigmoid", "softplus"] = "exp"
+    force_real: bool = False
+    bandlimit: float | None = None
 
 
 class ShiftKernel(nn.Module):
@@ -60,7 +65,7 @@ class DiagonalKernel(nn.Module):
     def __init__(self, config: H3Config) -> None:
         super().__init__()
         heads, modes = config.d_model // config.head_dim, config.d_state // 2
-        self.copies, self.disc = heads // config.n_ssm, config.disc
+        self.copies, self.config = heads // config.n_ssm, config
         self.C = nn.Parameter(torch.zeros(1, heads, modes, 2))
         self.B = nn.Parameter(torch.zeros(config.n_ssm, modes, 2))
         self.log_dt = nn.Parameter(torch.zeros(heads))
@@ -69,11 +74,15 @@ class DiagonalKernel(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """(p, 2 R), complex128 [heads, modes] both, so that the kernel is Re Σ 2 R p^t."""
-        rates = torch.complex(-self.inv_A_real.double().exp(), self.A_imag.double()).repeat(self.copies, 1)
+        turning = self.A_imag.double() * (not self.config.force_real)
+        rates = torch.complex(-positive(self.inv_A_real.double(), self.config.real_type), turning)
+        rates = rates.repeat(self.copies, 1)
         drive = torch.view_as_complex(self.B.double()).repeat(self.copies, 1)
         gain = torch.view_as_complex(self.C[0].double()) * drive
         dt = self.log_dt.double().exp().unsqueeze(1)
-        if self.disc == "zoh":
+        if self.config.bandlimit is not None:
+            gain = gain * audible(rates, dt, self.config.bandlimit)
+        if self.config.disc == "zoh":
             poles = (dt * rates).exp()
             return poles, 2 * gain * (poles - 1) / rates
         below = 1 - dt * rates / 2

@@ -38,9 +38,6 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     **LM_SUPPORTED,
     "mode": ("diag",),
     "channels": (1,),
-    "real_type": ("exp",),
-    "bandlimit": (None,),
-    "force_real": (False,),
 }
 IGNORED = LM_IGNORED | {
     "deterministic", "dt_max", "dt_min", "layer", "measure", "measure_args", "rank", "ssm_cfg", "use_fast_fftconv",
@@ -67,6 +64,9 @@ def load_h3(checkpoint: Checkpoint, config: Path | None, context: int | None) ->
     if settled.options.attention.rotary_emb_dim and settled.context is None:
         settled = replace(settled, context=ROTARY_CONTEXT)
         settled.notes.append(f"made rotary tables for {ROTARY_CONTEXT} positions; --context sets another length")
+    if settled.options.l_max:
+        cut = f"past l_max {settled.options.l_max} the recurrence goes on, where the original cuts its kernel"
+        settled.notes.append(cut)
     with torch.device("meta"):
         module = H3LM(settled.options, settled.context or ROTARY_CONTEXT)
     loaded = filled(settled, module)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lhcompile.artifacts import LoadedModel
 from lhcompile.errors import CheckpointError, ConfigError
-from lhcompile.load.checkpoint import Checkpoint, fill, shape_text
+from lhcompile.load.checkpoint import Checkpoint, fill, shape_text, without_prefix
 from lhcompile.load.lm import AttentionConfig, LMConfig
 from lhcompile.load.options import GivenOptions, settle, unpadded_vocabulary
 
@@ -30,6 +30,7 @@ __all__ = [
     "lm_shapes",
     "same",
     "settle_lm",
+    "with_plain_keys",
 ]
 
 Config = TypeVar("Config", bound=LMConfig)
@@ -93,6 +94,15 @@ class Reading:
     def numbers(self, pattern: str) -> list[int]:
         """The numbers that stand for the pattern's group in the keys, ascending."""
         return sorted({int(match[1]) for key in self.tensors if (match := re.match(pattern, key))})
+
+
+def with_plain_keys(checkpoint: Checkpoint, known: Collection[str] = (EMBEDDING,)) -> Checkpoint:
+    """`without_prefix`, which keeps a head outside the prefix, where Hugging Face's wrappers put it."""
+    prefix = next((key.removesuffix(EMBEDDING) for key in checkpoint.tensors if key.endswith(EMBEDDING)), "")
+    if HEAD in checkpoint.tensors:
+        tensors = {prefix + key if key == HEAD else key: value for key, value in checkpoint.tensors.items()}
+        checkpoint = replace(checkpoint, tensors=tensors)
+    return without_prefix(checkpoint, known)
 
 
 def layers_with(reading: Reading, part: str) -> list[int]:

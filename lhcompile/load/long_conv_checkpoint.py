@@ -11,7 +11,7 @@ import torch
 
 from lhcompile.artifacts import LoadedModel, Signal
 from lhcompile.errors import ConfigError
-from lhcompile.load.checkpoint import Checkpoint, without_prefix
+from lhcompile.load.checkpoint import Checkpoint
 from lhcompile.load.lm_checkpoint import (
     EMBEDDING,
     LM_IGNORED,
@@ -22,6 +22,7 @@ from lhcompile.load.lm_checkpoint import (
     filled_as,
     lm_shapes,
     settle_lm,
+    with_plain_keys,
 )
 from lhcompile.load.long_conv import (
     LongConvConfig,
@@ -37,6 +38,13 @@ __all__ = ["load_long_conv", "looks_like_long_conv"]
 FAMILY = "safari-long-conv"
 KERNEL = re.compile(r"((?:backbone|model)\.layers\.(\d+)\.(?:mixer|layer)\.)kernel\.kernel$")
 ENCODER, DECODER = "encoder.0.weight", "decoder.0.output_transform.weight"
+NORMS: dict[str, tuple[Any, ...]] = {
+    "layer": ("layer",),
+    "scalar": ("layer",),
+    "batch": ("batch",),
+    "none": (None, "none"),
+}
+"""Kind of norm, as keys tell it → safari's names of it."""
 POOL = {"_name_": "pool", "stride": 1, "expand": None}  # which pools nothing
 
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -46,7 +54,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "smooth_freq": (False,),
     "block_fft_conv": (False,),
     "weight_norm": (False,),
-    "residual": ("R",),
+    "residual": ("R", "residual"),
     "pool": (None, POOL),
     "n_repeat": (1,),
     "mode": ("last",),  # of the decoder; the others mix positions
@@ -59,7 +67,7 @@ IGNORED = LM_IGNORED | {
 
 
 def looks_like_long_conv(checkpoint: Checkpoint) -> bool:
-    return any(KERNEL.match(key) for key in without_prefix(checkpoint, {EMBEDDING, DECODER}).tensors)
+    return any(KERNEL.match(key) for key in with_plain_keys(checkpoint, (EMBEDDING, DECODER)).tensors)
 
 
 def load_long_conv(checkpoint: Checkpoint, config: Path | None, context: int | None) -> LoadedModel:
@@ -70,7 +78,7 @@ def load_long_conv(checkpoint: Checkpoint, config: Path | None, context: int | N
     """
     given = given_options(checkpoint, config, nested=("layer", "decoder"))
     given = replace(given, values={k: _plain(k, v) for k, v in given.values.items()})
-    reading = Reading(without_prefix(checkpoint, {EMBEDDING, DECODER}), FAMILY)
+    reading = Reading(with_plain_keys(checkpoint, (EMBEDDING, DECODER)), FAMILY)
     notes = ["taps beyond the sequence are cut; safari itself wraps them around at lengths below l_max"]
     load = _load_lm if any(key.startswith("backbone.") for key in reading.tensors) else _load_sequence
     return load(reading, given, context, notes)
@@ -107,9 +115,8 @@ def _load_sequence(reading: Reading, given: GivenOptions, context: int | None, n
         "n_layers": (len(layers), f"model.layers.{layers[-1]}"),
         **_norm_shapes(reading),
     }
-    given = _without(given, "norm")  # the keys say it better: its mapping has options of all kinds
-    ignored = IGNORED | {"eps"}
-    options, assumed = settle(LongConvSequenceConfig, given, shaped, supported=SUPPORTED, ignored=ignored)
+    given = _with_norm(given, shaped["norm"][0])
+    options, assumed = settle(LongConvSequenceConfig, given, shaped, supported=SUPPORTED, ignored=IGNORED)
     context = context_of(reading, context, {"l_max": options.l_max})
     _check_window(given, options)
     notes = [*notes, *assumed, "every position is read out, as safari's decoder does step by step"]
@@ -122,8 +129,21 @@ def _load_sequence(reading: Reading, given: GivenOptions, context: int | None, n
     return replace(loaded, signal=Signal(options.d_input)) if features else loaded
 
 
-def _without(given: GivenOptions, name: str) -> GivenOptions:
-    return replace(given, values={key: value for key, value in given.values.items() if key != name})
+def _with_norm(given: GivenOptions, kind: str) -> GivenOptions:
+    """The options with the norm's own eps, and without its name. Raises ConfigError when that is none of the keys'.
+
+    kind: what the keys say, one of `NORMS`. safari's option is a name, or a mapping of a name and more.
+    """
+    norm = given.values.get("norm")
+    if "norm" not in given.values:
+        return given
+    inner = given.inside("norm").values if isinstance(norm, dict) else {"_name_": norm}
+    name = inner.get("_name_", "layer")
+    if name not in NORMS[kind]:
+        raise given.refuse("norm", f"is {name!r}, but the keys of the checkpoint make it {kind}")
+    values = {key: value for key, value in given.values.items() if key != "norm"}
+    eps = {"eps": inner["eps"]} if "eps" in inner else {}
+    return replace(given, values=values | eps, files=given.files | dict.fromkeys(eps, given.files["norm"]))
 
 
 def _operator_shapes(reading: Reading, given: GivenOptions, d_model: int) -> dict[str, tuple[Any, str]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lhcompile import ops  # noqa: F401  (registers lhc::)
 
-__all__ = ["complex_modes", "real_form", "real_modes"]
+__all__ = ["audible", "complex_modes", "positive", "real_form", "real_modes"]
 
 
 def complex_modes(u: Tensor, poles: Tensor, residues: Tensor, direct: Tensor) -> Tensor:
@@ -40,3 +40,14 @@ def real_form(u: Tensor, own: Tensor, other: Tensor, readout: Tensor, direct: Te
     tables = (table.float().contiguous() for table in (own, other, readout, direct.double()))
     y, _ = torch.ops.lhc.modal_ssm(u, *tables, None, None, 1)
     return y
+
+
+def positive(stored: Tensor, transform: str) -> Tensor:
+    """A positive number of what is stored for it; "none" takes it as it is."""
+    made = {"none": stored, "exp": stored.exp(), "relu": stored.relu() + 1e-4, "sigmoid": stored.sigmoid()}
+    return torch.nn.functional.softplus(stored) if transform == "softplus" else made[transform]
+
+
+def audible(rates: Tensor, dt: Tensor, bandlimit: float) -> Tensor:
+    """Which modes turn by less than bandlimit / 2 of a full turn in a step, bool [channels, modes]."""
+    return dt * rates.imag.abs() / (2 * torch.pi) < bandlimit / 2

@@ -79,7 +79,7 @@ def load_module(
     inner = _made(spec, options)
     notes: tuple[str, ...] = ("no checkpoint was given: the weights are the factory's own",)
     if checkpoint is not None:
-        found = without_prefix(read_checkpoint(checkpoint), inner.state_dict().keys())
+        found = without_prefix(read_checkpoint(checkpoint, given=True), inner.state_dict().keys())
         fill(inner, found, f"a state dict of {type(inner).__name__}")
         notes = found.notes
     inner = inner.cpu().float()

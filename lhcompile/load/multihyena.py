@@ -3,11 +3,12 @@
     z_ij = k_i v_j,   y_j = Σ_i q_i (h * z_ij + D z_ij),   out_proj(norm(y))      for each head, h and D its own
 
 q, k, v are the parts x_0, x_1, v of the short-filtered projection. D and the norm are there if the file has them.
+A file whose filters are named `filter` is of the operator that has no D and adds its whole input (`skip` 1).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lhcompile.artifacts import LoadedModel
-from lhcompile.load.checkpoint import Checkpoint, without_prefix
+from lhcompile.load.checkpoint import Checkpoint
 from lhcompile.load.lm import LanguageModel
-from lhcompile.load.lm_checkpoint import EMBEDDING, Reading, lm_shapes, settle_lm
-from lhcompile.load.options import given_options
+from lhcompile.load.lm_checkpoint import EMBEDDING, Reading, lm_shapes, settle_lm, with_plain_keys
+from lhcompile.load.options import GivenOptions, given_options
 from lhcompile.load.safari import HyenaConfig, HyenaFilter, fft_convolution
 from lhcompile.load.safari_checkpoint import (
     HYENA_IGNORED,
@@ -32,6 +33,9 @@ from lhcompile.load.safari_checkpoint import (
 __all__ = ["MultiHyenaConfig", "MultiHyenaLM", "MultiHyenaMixer", "load_multihyena", "looks_like_multihyena"]
 
 FAMILY = "multihyena"
+NAMED_FILTER = ".mixer.filter."
+FILTER_OPTIONS = {"d_model": "num_heads", "order": "filter_order", "seq_len": "l_max"}
+"""Names in `filter_cfg` that are others outside."""
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     **{name: values for name, values in HYENA_SUPPORTED.items() if name != "num_heads"},
     "activation": (None, "id"),
@@ -107,8 +111,8 @@ class MultiHyenaLM(LanguageModel):
 
 
 def looks_like_multihyena(checkpoint: Checkpoint) -> bool:
-    """Safari's Hyena keys, and fewer filters than channels."""
-    plain = without_prefix(checkpoint, {EMBEDDING})
+    """Safari's Hyena keys, or those with the filters named `filter`, and fewer filters than channels."""
+    plain = with_plain_keys(_with_safaris_keys(checkpoint))
     embedding = plain.tensors.get(EMBEDDING)
     if not looks_like_safari(plain) or embedding is None or embedding.ndim != 2:
         return False
@@ -121,14 +125,43 @@ def load_multihyena(checkpoint: Checkpoint, config: Path | None, context: int | 
 
     Raises CheckpointError for the file's faults, ConfigError for the configuration's.
     """
-    given = given_options(checkpoint, config, nested=("layer", "filter_cfg"), renamed={"bias": "use_bias"})
-    reading = Reading(without_prefix(checkpoint, {EMBEDDING}), FAMILY)
+    given = given_options(checkpoint, config, nested=("layer",), renamed={"bias": "use_bias"})
+    given = _with_filter_options(given)
+    if any(NAMED_FILTER in key for key in checkpoint.tensors):
+        given = replace(given, values={"skip": 1.0} | given.values)
+    reading = Reading(with_plain_keys(_with_safaris_keys(checkpoint)), FAMILY)
     shaped = lm_shapes(reading)
     shaped |= _operator_shapes(reading, shaped["d_model"][0])
     settled = settle_lm(
         MultiHyenaConfig, reading, given, shaped, context, tied=True, supported=SUPPORTED, ignored=IGNORED
     )
     return filled_hyena(settled, given, MultiHyenaLM)
+
+
+def _with_safaris_keys(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with `filter` renamed, without the bias that its operator does not use."""
+    named = [key for key in checkpoint.tensors if NAMED_FILTER in key]
+    if not named:
+        return checkpoint
+    unused = f"{NAMED_FILTER}bias"
+    kept = {key: value for key, value in checkpoint.tensors.items() if not key.endswith(unused)}
+    tensors = {key.replace(NAMED_FILTER, ".mixer.filter_fn."): value for key, value in kept.items()}
+    notes = (f"skipped *{unused}, which the operator does not use",) if len(kept) < len(checkpoint.tensors) else ()
+    return replace(checkpoint, tensors=tensors, notes=checkpoint.notes + notes)
+
+
+def _with_filter_options(given: GivenOptions) -> GivenOptions:
+    """The options with those of the mapping `filter_cfg` beside them; the same option outside wins."""
+    if "filter_cfg" not in given.values:
+        return given
+    inner = {
+        FILTER_OPTIONS.get(name, name): value
+        for name, value in given.inside("filter_cfg").values.items()
+        if name not in ("_name_", "bias")
+    }
+    outside = {name: value for name, value in given.values.items() if name != "filter_cfg"}
+    files = dict.fromkeys(inner, given.files["filter_cfg"]) | given.files
+    return replace(given, values=inner | outside, files=files)
 
 
 def _operator_shapes(reading: Reading, d_model: int) -> dict[str, tuple[Any, str]]:

@@ -11,14 +11,15 @@ A loader settles its options in three steps:
 2. What shapes determine is taken from them; an option that says otherwise is an error, null says nothing.
 3. `settle` makes the family's dataclass: each of its fields comes from the shapes, else from the options, checked
    against the field's type (null says nothing), else from its default, which is noted as assumed. An option that is no
-   field must be in `supported`, with one of the values listed there, or in `ignored`, which names those that change
-   nothing; any other is an error.
+   field may be in `supported`, with one of the values listed there, or in `ignored`, which names those that change
+   nothing. Any other is noted as not used, unless it is nearly the name of one that would be assumed: that is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -36,10 +37,20 @@ HUGGING_FACE = frozenset({
     "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict",
     "sep_token_id", "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
     "use_return_dict",
+    # what older versions also wrote: how text is generated, and tasks of other models
+    "add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "is_composition", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_return_sequences", "output_scores", "prefix", "pruned_heads", "remove_invalid_values",
+    "repetition_penalty", "return_dict_in_generate", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tie_encoder_decoder", "top_k", "top_p", "torchscript", "typical_p", "use_bfloat16",
 })  # fmt: skip
 """Options of every Hugging Face config.json that do not change a causal model's logits; for `ignored`."""
 
 Options = TypeVar("Options")
+NEARLY = 0.85
+"""Names as alike as this, by difflib's measure, are taken for one name misspelled."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ def given_options(
         section = next((root[name] for name in sections if isinstance(root.get(name), dict)), root)
         found, unknown = resolved({k: v for k, v in section.items() if k not in nested}, root)
         for name in nested:
-            inner = section.get(name, root.get(name))
+            inner = root.get(name) if section.get(name) is None else section[name]
             if inner is not None and not isinstance(inner, dict):
                 raise ConfigError(f"{path}: the option {name} is no mapping")
             more, more_unknown = resolved(inner or {}, root)
@@ -123,6 +134,7 @@ def settle(
     """
     names = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
     free: dict[str, Any] = {}
+    unknown: list[str] = []
     for name, value in given.values.items():
         if supported and name in supported:
             if value not in supported[name]:
@@ -135,18 +147,28 @@ def settle(
             if value is not None or names[name] is None or names[name] is MISSING:
                 free[name] = value
         elif name not in ignored:
-            raise ConfigError(f"{given.files[name]}: unknown option {name!r}")
+            unknown.append(name)
     assumed = [name for name in names if name not in free and name not in shaped and name not in ignored]
+    said = {name for name, value in given.values.items() if value is not None}
+    _refuse_misspelled(given, unknown, {*assumed, *(supported or ())} - said)
     for name in assumed:
         if names[name] is MISSING:
             raise ConfigError(f"{given.checkpoint}: the option {name} must be given in --config: no shape says it")
     sizes = {name: value for name, (value, _) in shaped.items() if name in names}
     options = kind(**{**sizes, **_checked(kind, given, free, sizes)})
-    notes = [f"ignored interpolations: {', '.join(lost)}"] if (lost := _lost(given, ignored)) else []
+    notes = [f"did not use unknown options: {', '.join(unknown)}"] if unknown else []
+    notes += [f"ignored interpolations: {', '.join(lost)}"] if (lost := _lost(given, ignored)) else []
     if assumed:
         told = ", ".join(f"{name} {getattr(options, name)}" for name in assumed)
         notes.append(f"assumed, as neither file says otherwise: {told}")
     return options, notes
+
+
+def _refuse_misspelled(given: GivenOptions, unknown: Iterable[str], wanted: Collection[str]) -> None:
+    """Raises ConfigError for an unknown option that is nearly one of those wanted, which are not given."""
+    for name in unknown:
+        if near := get_close_matches(name, sorted(wanted), n=1, cutoff=NEARLY):
+            raise ConfigError(f"{given.files[name]}: unknown option {name!r}; is {near[0]!r} meant?")
 
 
 def _lost(given: GivenOptions, ignored: Collection[str]) -> list[str]:

@@ -4,23 +4,28 @@ Each layer is a bank of linear systems (`s4_kernels`), whose modes are computed 
 parameters are in. Then the convolution is the exact recurrence. Systems whose modes cancel each other too much for
 single precision keep their taps instead, and are an ordinary long convolution.
 
-    y = GELU(h * u + D u) → linear to 2 · d_model → GLU
+    y = final_act(linear(mult_act(activation(h * u + D u))))
+
+of which s4d.py has GELU, none and GLU always; with final_act "none" there is no linear map at all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
-from lhcompile.load.modal import real_form
+from lhcompile.load.modal import audible, positive, real_form
 from lhcompile.load.s4_kernels import (
     DPLR,
     bilinear_modes,
     check_fading,
+    real_alone,
     rounded,
     systems_of,
     with_conjugates,
@@ -29,6 +34,23 @@ from lhcompile.load.s4_kernels import (
 from lhcompile.ssm import ModalSSM
 
 __all__ = ["S4Config", "S4Model"]
+
+Activation = Literal["gelu", "id", "identity", "linear", "tanh", "relu", "elu", "swish", "silu", "sigmoid", "softplus"]
+FinalActivation = Literal[
+    "glu", "none", "gelu", "id", "identity", "linear", "tanh", "relu", "elu", "swish", "silu", "sigmoid", "softplus"
+]
+Transform = Literal["none", "exp", "relu", "sigmoid", "softplus"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: gelu(x),
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "elu": F.elu,
+    "swish": F.silu,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "glu": F.glu,
+} | dict.fromkeys(("none", "id", "identity", "linear"), lambda x: x)
 
 CANCELLING = 1e-4
 """Relative error of the worst channel's taps by rounding modes to single precision, above which taps are kept.
@@ -39,8 +61,13 @@ HiPPO-LegS moved by 5 % has 4e-6; untouched it has no modes."""
 class S4Config:
     """layer: s4d (s4d.py), or diag and dplr (the modes of s4.py)
 
-    d_state: N, so N / 2 complex states are stored; n_ssm: systems that d_model channels share; channels: outputs of
-    each system; rank: of the low-rank part of dplr; dt_tie: one step for all states of a channel
+    d_state: N, so N / 2 complex states are stored, or with is_real as many real ones; n_ssm: systems that d_model
+    channels share; channels: outputs of each system, which with swap_channels lie innermost; rank: of the low-rank
+    part of dplr; dt_tie: one step for all states of a channel; dt_fast: their inverse hyperbolic sines are stored
+    final_norm: whether a norm stands before the decoder
+    *_transform: how a positive number is made of what is stored; bandlimit: modes above this share of twice the
+    sampling rate's half are silent, None for no limit
+    l_max: longest kernel, None for no limit
     """
 
     layer: Literal["s4d", "diag", "dplr"]
@@ -54,7 +81,19 @@ class S4Config:
     rank: int = 1
     dt_tie: bool = True
     prenorm: bool = False
+    final_norm: bool = False
     disc: Literal["zoh", "bilinear"] = "zoh"
+    is_real: bool = False
+    dt_fast: bool = False
+    dt_transform: Transform = "exp"
+    real_transform: Transform = "exp"
+    imag_transform: Transform = "none"
+    bandlimit: float | None = None
+    swap_channels: bool = False
+    activation: Activation = "gelu"
+    mult_act: Activation = "id"
+    final_act: FinalActivation = "glu"
+    l_max: int | None = None
 
 
 class S4DKernel(nn.Module):
@@ -74,29 +113,52 @@ class S4DKernel(nn.Module):
 
 
 class DiagKernel(nn.Module):
-    """A = −exp(A_real) − i·A_imag, one of n_ssm for each channel in turn, and B of its own."""
+    """A = −real(A_real) − i·imag(A_imag), one of n_ssm for each channel in turn, and B of its own.
+
+    With is_real there is no A_imag, and B and C are real: h_t = 2 Σ B C … over real poles.
+    """
 
     def __init__(self, config: S4Config) -> None:
         super().__init__()
-        h, n = config.d_model, config.d_state // 2
+        h, pair = config.d_model, () if config.is_real else (2,)
+        n = config.d_state if config.is_real else config.d_state // 2
+        self.config = config
         self.discretized = {"zoh": zoh_modes, "bilinear": bilinear_modes}[config.disc]
         self.inv_dt = nn.Parameter(torch.zeros(h, 1 if config.dt_tie else n))
-        self.C = nn.Parameter(torch.zeros(config.channels, h, n, 2))
-        self.B = nn.Parameter(torch.zeros(1, config.n_ssm, n, 2))
+        self.C = nn.Parameter(torch.zeros(config.channels, h, n, *pair))
+        self.B = nn.Parameter(torch.zeros(1, config.n_ssm, n, *pair))
         self.A_real = nn.Parameter(torch.zeros(config.n_ssm, n))
-        self.A_imag = nn.Parameter(torch.zeros(config.n_ssm, n))
+        if not config.is_real:
+            self.A_imag = nn.Parameter(torch.zeros(config.n_ssm, n))
 
     @property
     def rates(self) -> Tensor:
-        """λ, complex128 [n_ssm, N / 2]"""
-        return torch.complex(-self.A_real.double().exp(), -self.A_imag.double())
+        """λ, complex128 [n_ssm, N / 2], or [n_ssm, N] of real ones"""
+        real = positive(self.A_real.double(), self.config.real_transform)
+        if self.config.is_real:
+            return torch.complex(-real, torch.zeros_like(real))
+        return torch.complex(-real, -positive(self.A_imag.double(), self.config.imag_transform))
+
+    @property
+    def steps(self) -> Tensor:
+        """dt, float64 [d_model, 1 or as many as rates]"""
+        stored = self.inv_dt.double()
+        return positive(stored.sinh() if self.config.dt_fast else stored, self.config.dt_transform)
+
+    def gains(self) -> tuple[Tensor, Tensor]:
+        """B [n_ssm, …] and C [channels, d_model, …], complex128, silent modes without a gain"""
+        b, c = (x.to(torch.complex128) if self.config.is_real else _complex(x) for x in (self.B, self.C))
+        if self.config.bandlimit is not None:
+            which = systems_of(c.shape[1], len(self.A_real))
+            c = c * audible(self.rates[which], self.steps, self.config.bandlimit)
+        return b[0], c
 
     def modal(self, direct: Tensor) -> ModalSSM | None:
-        copies, channels = self.C.shape[:2]
-        which = systems_of(channels, len(self.A_real))
-        gains = _complex(self.B)[:, which] * _complex(self.C)
-        poles, residues = self.discretized(self.rates[which], self.inv_dt.double().exp(), gains)
-        return with_conjugates(poles.repeat(copies, 1), residues.flatten(0, 1), direct)
+        b, c = self.gains()
+        which = systems_of(c.shape[1], len(b))
+        poles, residues = self.discretized(self.rates[which], self.steps, b[which] * c)
+        whole = real_alone if self.config.is_real else with_conjugates
+        return whole(poles.repeat(len(c), 1), residues.flatten(0, 1), direct)
 
 
 class DPLRKernel(DiagKernel):
@@ -110,15 +172,14 @@ class DPLRKernel(DiagKernel):
         self.register_buffer("l_kernel", torch.tensor(0))
 
     def system(self) -> DPLR:
-        dt, b, c = self.inv_dt.double().exp()[:, 0], _complex(self.B)[0], _complex(self.C)
-        return DPLR.of(self.rates, _complex(self.P), b, c, dt, int(self.l_kernel))
+        return DPLR.of(self.rates, _complex(self.P), *self.gains(), self.steps[:, 0], int(self.l_kernel))
 
     def modal(self, direct: Tensor) -> ModalSSM | None:
         return self.system().modal(direct)
 
 
 class Convolution(nn.Module):
-    """u [batch, seq, d_model] → GELU(h * u + D u), [batch, seq, copies · d_model], copies outermost.
+    """u [batch, seq, d_model] → activation(h * u + D u), [batch, seq, copies · d_model], copies outermost.
 
     Once settled it has a system in real form, own, other, readout: float32 [order, copies · d_model], or
     taps: float32 [copies · d_model, length].
@@ -129,8 +190,9 @@ class Convolution(nn.Module):
     readout: Tensor
     taps: Tensor
 
-    def __init__(self, kernel: S4DKernel | DiagKernel, direct: tuple[int, ...]) -> None:
+    def __init__(self, kernel: S4DKernel | DiagKernel, direct: tuple[int, ...], activation: str = "gelu") -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.D = nn.Parameter(torch.zeros(direct))
         self.kernel = kernel
 
@@ -157,13 +219,13 @@ class Convolution(nn.Module):
         direct = self.D.flatten()
         u = u.repeat(1, 1, len(direct) // u.shape[2])
         if "taps" not in self._buffers:
-            return gelu(real_form(u, self.own, self.other, self.readout, direct))
+            return self.activation(real_form(u, self.own, self.other, self.readout, direct))
         time = u.shape[1]
         if time > self.taps.shape[1]:
             raise ValueError(f"a sequence of {time} is longer than the {self.taps.shape[1]} taps")
         spectrum = torch.fft.rfft(self.taps[:, :time], n=2 * time) * torch.fft.rfft(u.transpose(1, 2), n=2 * time)
         y = torch.fft.irfft(spectrum, n=2 * time)[..., :time].transpose(1, 2)
-        return gelu(y + direct * u)
+        return self.activation(y + direct * u)
 
 
 class Pointwise(nn.Conv1d):
@@ -190,12 +252,21 @@ class S4Block(nn.Module):
     def __init__(self, config: S4Config) -> None:
         super().__init__()
         kernel = DPLRKernel(config) if config.layer == "dplr" else DiagKernel(config)
-        self.layer = Convolution(kernel, (config.channels, config.d_model))
-        wide = config.channels * config.d_model
-        self.output_linear = nn.Sequential(nn.Linear(wide, 2 * config.d_model), nn.GLU(dim=-1))
+        self.layer = Convolution(kernel, (config.channels, config.d_model), config.activation)
+        self.mult_activation, self.final_activation = ACTIVATIONS[config.mult_act], ACTIVATIONS[config.final_act]
+        wide, out = config.channels * config.d_model, config.d_model * (2 if config.final_act == "glu" else 1)
+        self.copies = config.channels if config.swap_channels else 1
+        self.output_linear = nn.Sequential(*[] if config.final_act == "none" else [nn.Linear(wide, out)])
+
+    @torch.no_grad()
+    def unswap(self) -> None:
+        """Turns a linear map that takes the copies of a channel innermost, to take them outermost."""
+        for weight in self.output_linear.parameters():
+            if weight.ndim == 2:
+                weight.copy_(weight.unflatten(1, (-1, self.copies)).transpose(1, 2).flatten(1))
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.output_linear(self.layer(u))
+        return self.final_activation(self.output_linear(self.mult_activation(self.layer(u))))
 
 
 class S4Model(nn.Module):
@@ -206,11 +277,13 @@ class S4Model(nn.Module):
 
     def __init__(self, config: S4Config) -> None:
         super().__init__()
-        self.prenorm = config.prenorm
+        self.prenorm, self.final_norm = config.prenorm, config.final_norm
         self.encoder = nn.Linear(config.d_input, config.d_model)
         layer = S4D if config.layer == "s4d" else S4Block
         self.s4_layers = nn.ModuleList(layer(config) for _ in range(config.n_layers))
         self.norms = nn.ModuleList(nn.LayerNorm(config.d_model) for _ in range(config.n_layers))
+        if config.final_norm:
+            self.norm = nn.LayerNorm(config.d_model)
         self.decoder = nn.Linear(config.d_model, config.d_output)
 
     def convolutions(self) -> list[tuple[str, Convolution]]:
@@ -221,7 +294,7 @@ class S4Model(nn.Module):
         x = self.encoder(features)
         for layer, norm in zip(self.s4_layers, self.norms, strict=True):
             x = x + layer(norm(x)) if self.prenorm else norm(x + layer(x))
-        return self.decoder(x)
+        return self.decoder(self.norm(x) if self.final_norm else x)
 
 
 def _complex(pairs: Tensor) -> Tensor:

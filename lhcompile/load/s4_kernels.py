@@ -23,7 +23,16 @@ from torch import Tensor
 
 from lhcompile.ssm import ModalSSM
 
-__all__ = ["DPLR", "bilinear_modes", "check_fading", "rounded", "systems_of", "with_conjugates", "zoh_modes"]
+__all__ = [
+    "DPLR",
+    "bilinear_modes",
+    "check_fading",
+    "real_alone",
+    "rounded",
+    "systems_of",
+    "with_conjugates",
+    "zoh_modes",
+]
 
 CHUNK = 16
 """Channels at once, where tables of channels × states × time are made."""
@@ -53,6 +62,13 @@ def with_conjugates(poles: Tensor, residues: Tensor, direct: Tensor) -> ModalSSM
     """The system of half a spectrum, whose other half is conjugate; direct: [channels]"""
     poles, residues = (torch.stack([x, x.conj()], -1).flatten(1) for x in (poles, residues))
     return ModalSSM(poles, residues, direct)
+
+
+def real_alone(poles: Tensor, residues: Tensor, direct: Tensor) -> ModalSSM:
+    """The system of real poles, each of which counts twice: h_t = 2 Σ R p^t."""
+    odd = poles.shape[1] % 2
+    poles, residues = (torch.nn.functional.pad(x.real, (0, odd)).to(torch.complex128) for x in (poles, residues))
+    return ModalSSM(poles, 2 * residues, direct)
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,31 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lhcompile.load.lm import LanguageModel, LMConfig
 
 __all__ = ["ACTIVATIONS", "HyenaConfig", "HyenaFilter", "HyenaLM", "HyenaMixer", "fft_convolution"]
 
-Activation = Literal["id", "identity", "linear", "tanh", "relu", "gelu", "silu", "swish", "sigmoid", "softplus"]
+class SquaredReLU(nn.Module):
+    """max(x, 0)²"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu().square()
+
+
+class Laplace(nn.Module):
+    """The distribution function of a normal variable that approximates SquaredReLU: mean √½, variance 1/4π."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2))))
+
+
+Activation = Literal[
+    "id", "identity", "linear", "tanh", "relu", "gelu", "silu", "swish", "sigmoid", "softplus", "sqrelu", "relu2",
+    "laplace",
+]  # fmt: skip
 ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
     "id": nn.Identity,
     "identity": nn.Identity,
@@ -38,6 +56,9 @@ ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
     "swish": nn.SiLU,
     "sigmoid": nn.Sigmoid,
     "softplus": nn.Softplus,
+    "sqrelu": SquaredReLU,
+    "relu2": SquaredReLU,
+    "laplace": Laplace,
 }
 
 
@@ -45,6 +66,8 @@ ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
 class HyenaConfig(LMConfig):
     """Options of the model, under safari's names (`use_bias` is safari's filter option `bias`).
 
+    w_mod: factor of all the trained frequencies
+    linear_mixer: the filter is one linear map of the lag's embedding, without MLP
     filter_layout: how filter channels hold (channel, order): "full" has the order fastest,
         "standalone" slowest; alike for order 2
     """
@@ -55,7 +78,9 @@ class HyenaConfig(LMConfig):
     filter_order: int = 64
     short_filter_order: int = 3
     num_inner_mlps: int = 2
+    linear_mixer: bool = False
     w: float = 1.0
+    w_mod: float = 1.0
     modulate: bool = True
     shift: float = 0.0
     normalized: bool = False
@@ -82,14 +107,23 @@ def fft_convolution(u: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Sin(nn.Module):
-    """sin(freq · x), the frequencies trained. freq: [1, width]"""
+    """sin(w_mod · freq · x), the frequencies trained. freq: [1, width]"""
 
-    def __init__(self, width: int, w: float) -> None:
+    def __init__(self, width: int, w: float, w_mod: float) -> None:
         super().__init__()
+        self.w_mod = w_mod
         self.freq = nn.Parameter(w * torch.ones(1, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sin(self.freq * x)
+        return torch.sin(self.w_mod * self.freq.to(x.dtype) * x)
+
+
+class WideLinear(nn.Linear):
+    """A linear layer that works in its input's dtype, float64 for weights of float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class PositionalEmbedding(nn.Module):
@@ -124,37 +158,44 @@ class ExponentialModulation(nn.Module):
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
         if not self.modulate:
             return h
-        return h * (torch.exp(-t * self.deltas.abs()) + self.shift)
+        return h * (torch.exp(-t * self.deltas.abs().to(t.dtype)) + self.shift)
 
 
 class HyenaFilter(nn.Module):
-    """The implicit filter: an MLP over the lag. One Sin module serves all its layers.
+    """The implicit filter: an MLP over the lag, evaluated in float64. One Sin module serves all its layers.
+
+    Its sines have arguments of hundreds, so that float32 would cost the taps three digits.
 
     bias: [channels], for the operator to use; not there unless `direct`
     """
 
     def __init__(self, config: HyenaConfig, channels: int, direct: bool = True) -> None:
         super().__init__()
-        width = config.filter_order
         self.normalized = config.normalized
         if direct:
             self.bias = nn.Parameter(torch.randn(channels))
         self.pos_emb = PositionalEmbedding(config.emb_dim, config.l_max)
-        sin = Sin(width, config.w)
-        layers: list[nn.Module] = [nn.Linear(config.emb_dim, width), sin]
-        for _ in range(config.num_inner_mlps):
-            layers += [nn.Linear(width, width), sin]
-        layers.append(nn.Linear(width, channels, bias=False))
-        self.implicit_filter = nn.Sequential(*layers)
+        self.implicit_filter = nn.Sequential(*_filter_layers(config, channels))
         self.modulation = ExponentialModulation(channels, config.modulate, config.shift)
 
     def filter(self, length: int) -> Tensor:
         """Filters by lag, [1, length, channels]."""
         z, t = self.pos_emb(length)
-        h = self.modulation(t, self.implicit_filter(z))
+        h = self.modulation(t.double(), self.implicit_filter(z.double()))
         if self.normalized:
             h = h / torch.norm(h, dim=-1, p=1, keepdim=True)
-        return h
+        return h.to(z.dtype)
+
+
+def _filter_layers(config: HyenaConfig, channels: int) -> list[nn.Module]:
+    width = config.filter_order
+    if config.linear_mixer:
+        return [WideLinear(config.emb_dim, channels, bias=False)]
+    sin = Sin(width, config.w, config.w_mod)
+    layers: list[nn.Module] = [WideLinear(config.emb_dim, width), sin]
+    for _ in range(config.num_inner_mlps):
+        layers += [WideLinear(width, width), sin]
+    return [*layers, WideLinear(width, channels, bias=False)]
 
 
 class HyenaMixer(nn.Module):

@@ -13,9 +13,8 @@ from torch import nn
 
 from lhcompile.artifacts import LoadedModel
 from lhcompile.errors import CheckpointError, ConfigError
-from lhcompile.load.checkpoint import Checkpoint, without_prefix
+from lhcompile.load.checkpoint import Checkpoint
 from lhcompile.load.lm_checkpoint import (
-    EMBEDDING,
     LM_IGNORED,
     LM_SUPPORTED,
     Reading,
@@ -25,6 +24,7 @@ from lhcompile.load.lm_checkpoint import (
     lm_shapes,
     same,
     settle_lm,
+    with_plain_keys,
 )
 from lhcompile.load.options import GivenOptions, given_options
 from lhcompile.load.safari import HyenaConfig, HyenaLM
@@ -32,6 +32,7 @@ from lhcompile.load.safari import HyenaConfig, HyenaLM
 __all__ = [
     "HYENA_IGNORED",
     "HYENA_SUPPORTED",
+    "UNREAD",
     "filled_hyena",
     "filter_shapes",
     "hyena_layer",
@@ -39,6 +40,7 @@ __all__ = [
     "load_safari",
     "looks_like_safari",
     "no_activation_is_id",
+    "unread",
     "with_shared_freq",
 ]
 
@@ -57,13 +59,17 @@ HYENA_SUPPORTED: dict[str, tuple[Any, ...]] = {  # option → the values that ar
     "bidirectional": (False,),
 }
 HYENA_IGNORED = LM_IGNORED | {
-    "drop_rate", "fast_decay_pct", "filter_dropout", "fused_fft_conv", "jit_filter", "layer", "local_order",
-    "lr_pos_emb", "modulation_lr", "return_state", "slow_decay_pct", "target", "train_freq", "use_flashfftconv", "w",
+    "drop_rate", "fast_decay_pct", "filter_args", "filter_dropout", "fused_fft_conv", "jit_filter", "layer",
+    "local_order", "lr_pos_emb", "modulation_lr", "return_hidden_state", "return_state", "slow_decay_pct", "target",
+    "train_freq", "use_flashfftconv", "w",
 }  # fmt: skip
+
+UNREAD = {"use_bias": True, "normalized": False}
+"""Options that the single-file modules take and do not read → what these do."""
 
 
 def looks_like_safari(checkpoint: Checkpoint) -> bool:
-    keys = without_prefix(checkpoint, {EMBEDDING}).tensors
+    keys = with_plain_keys(checkpoint).tensors
     return any(".mixer.filter_fn." in key for key in keys)
 
 
@@ -76,11 +82,13 @@ def load_safari(checkpoint: Checkpoint, config: Path | None, context: int | None
     if given.values.get("_name_", "hyena") not in ("hyena", "lm", "lm_simple"):
         raise given.refuse("layer._name_", f"is {given.values['_name_']!r}, but the keys are Hyena's")
     given = no_activation_is_id(given)
-    reading = Reading(without_prefix(checkpoint, {EMBEDDING}), FAMILY)
+    reading = Reading(with_plain_keys(checkpoint), FAMILY)
+    standalone = given.values.get("filter_layout") == "standalone"
     settled = settle_lm(
         HyenaConfig, reading, given, hyena_shapes(reading), context,
-        tied=True, supported=HYENA_SUPPORTED, ignored=HYENA_IGNORED,
+        tied=True, supported=HYENA_SUPPORTED, ignored=HYENA_IGNORED | (UNREAD.keys() if standalone else set()),
     )  # fmt: skip
+    settled.notes.extend(unread(given) if standalone else ())
     return filled_hyena(settled, given, HyenaLM)
 
 
@@ -92,6 +100,12 @@ def filled_hyena(settled: Settled[Config], given: GivenOptions, model: Callable[
     with torch.device("meta"):
         module = model(settled.options)
     return filled(replace(settled, reading=reading), module)
+
+
+def unread(given: GivenOptions) -> list[str]:
+    """Notes on the options of `UNREAD` that are given in vain."""
+    changed = [name for name, built_in in UNREAD.items() if given.values.get(name) not in (built_in, None)]
+    return [f"ignored {name}: the published module in a single file does not read it" for name in changed]
 
 
 def no_activation_is_id(given: GivenOptions) -> GivenOptions:
@@ -113,18 +127,19 @@ def filter_shapes(reading: Reading) -> tuple[dict[str, tuple[Any, str]], int, st
     mlp = prefix + "implicit_filter."
     linear = reading.numbers(re.escape(mlp) + r"(\d+)\.weight$")
     first, last, z = mlp + "0.weight", f"{mlp}{linear[-1] if linear else 0}.weight", prefix + "pos_emb.z"
-    filter_order, emb_dim = reading.shape(first, "[filter_order, emb_dim]")
+    width, emb_dim = reading.shape(first, "[filter_order, emb_dim]")
     l_max = reading.shape(z, "[1, l_max, emb_dim]")[1]
     if l_max < 2:
         raise CheckpointError(
             f"{reading.checkpoint.path}: {z!r} holds a context length of 1; there is nothing to stream"
         )
-    shaped = {
+    shaped: dict[str, tuple[Any, str]] = {
         "l_max": (l_max, z),
         "emb_dim": (emb_dim, first),
-        "filter_order": (filter_order, first),
-        "num_inner_mlps": (linear[-1] // 2 - 1, last),
+        "linear_mixer": (first == last, first),
     }
+    if first != last:
+        shaped |= {"filter_order": (width, first), "num_inner_mlps": (linear[-1] // 2 - 1, last)}
     return shaped, reading.shape(last, "[channels, filter_order]")[0], last
 
 
@@ -156,7 +171,8 @@ def _with_fixed_freq(settled: Settled[Config], given: GivenOptions) -> Reading:
     Raises ConfigError when `w`, which then no file holds, is not given.
     """
     reading = settled.reading
-    if given.values.get("train_freq") is not False or any(FREQ.match(key) for key in reading.tensors):
+    trained = given.values.get("train_freq") is not False or any(FREQ.match(key) for key in reading.tensors)
+    if trained or settled.options.linear_mixer:
         return reading
     w = given.values.get("w")
     if isinstance(w, bool) or not isinstance(w, int | float):

@@ -7,7 +7,7 @@ every published one holds (num_attention_heads, eps) must be given, other option
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from lhcompile.load.options import HUGGING_FACE, GivenOptions
 from lhcompile.load.striped import TIME_ORDERED, AttentionBlock, ConvolutionBlock, StripedConfig, StripedHyena
 
 __all__ = [
+    "EMBEDDING",
     "IGNORED",
     "SUPPORTED",
     "StripedOptions",
@@ -38,14 +39,16 @@ FREQUENCIES = "rotary_emb.inv_freq"
 DECIDING = {"inner_mha_cls.Wqkv.weight": "attention", "filter.poles": "modal", "filter.log_poles": "hcl"}
 """Keys of a block that say its kind."""
 SUPPORTED: dict[str, tuple[Any, ...]] = {"final_norm": (True,), "smeared_gqa": (False,), "long_fir_threshold": (None,)}
+CACHED = 8192
+"""Positions that keys and values are made for at most where no context is asked for."""
 IGNORED = HUGGING_FACE | {
     "attn_block_dtype", "compile", "depthwise_dtype", "hyena_block_dtype", "inference_mode", "inner_size_multiple_of",
     "log_intermediate_values", "low_mem_mode", "make_vocab_size_divisible_by", "max_batch_size",
     "max_position_embeddings", "max_sequence_len", "mlp_dtype", "mlp_init_method", "mlp_output_init_method",
     "model_name", "model_parallel_size", "num_filters", "padding_idx", "params_dtype", "pile_parallel_size",
     "pipe_parallel_size", "prefill_style", "print_activations", "process_group", "rng_fork", "seqlen", "split_k0",
-    "tokenizer_type", "use_flash_attention_2", "use_flash_attn", "use_flash_depthwise", "use_flashfft",
-    "use_laughing_hyena", "vocab_file",
+    "tie_word_embeddings", "tokenizer_type", "use_flash_attention_2", "use_flash_attn", "use_flash_depthwise",
+    "use_flashfft", "use_laughing_hyena", "vocab_file",
 }  # fmt: skip
 """Options that say how the published code computes or trains, not what."""
 
@@ -83,10 +86,8 @@ class StripedOptions:
 
 
 def reading_of(checkpoint: Checkpoint, family: str) -> Reading:
-    """Keys without a wrapper's prefix, and without the rotary frequencies, which the options say exactly."""
-    found = without_prefix(checkpoint, {EMBEDDING})
-    tensors = {key: value for key, value in found.tensors.items() if not key.endswith(FREQUENCIES)}
-    return Reading(replace(found, tensors=tensors), family)
+    """Keys without a wrapper's prefix."""
+    return Reading(without_prefix(checkpoint, {EMBEDDING}), family)
 
 
 def layers_of(reading: Reading, given: GivenOptions, lists: Mapping[str, str]) -> tuple[str, ...]:
@@ -221,7 +222,7 @@ def model_config(
         heads=heads,
         kv_heads=heads // options.proj_groups,
         inner=options.inner_mlp_size,
-        context=context or options.max_seqlen,
+        context=context or (min(options.max_seqlen, CACHED) if "attention" in layers else options.max_seqlen),
         layers=layers,
         eps=options.eps,
         norm_inside=options.use_flash_rmsnorm,
@@ -259,7 +260,7 @@ def loaded_model(
     """
     with torch.device("meta"):
         module = StripedHyena(model)
-    fill(module, _with_one_embedding(reading, model.tied), reading.kind)
+    fill(module, _trained(_with_one_embedding(reading, model.tied)), reading.kind)
     module.float().eval().requires_grad_(False)
     _refuse_growing(reading, module)
     for block in module.blocks:
@@ -275,8 +276,29 @@ def loaded_model(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         source=str(reading.checkpoint.path),
         config=asdict(options) | {"layers": list(model.layers)},
-        notes=(*reading.checkpoint.notes, *notes),
+        notes=(*reading.checkpoint.notes, *_of_positions(reading, options, model), *notes),
     )
+
+
+def _of_positions(reading: Reading, options: StripedOptions, model: StripedConfig) -> Iterator[str]:
+    """Notes: that the context is cut to CACHED; that stored frequencies are not the options', which are exact."""
+    if model.context == CACHED < options.max_seqlen:
+        yield f"keys and values are made for {CACHED} of the max_seqlen {options.max_seqlen}; --context N for more"
+    dim = model.width // model.heads
+    made = model.rotary_base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    for key, stored in reading.tensors.items():
+        if not key.endswith(FREQUENCIES):
+            continue
+        if stored.shape != made.shape or not torch.allclose(stored.double(), made, rtol=0.01, atol=1e-6):
+            base = f"{model.rotary_base:.12g}"
+            yield f"{key!r} holds other frequencies than those of rotary_emb_base {base}, which are used"
+            return
+
+
+def _trained(checkpoint: Checkpoint) -> Checkpoint:
+    """Without the rotary frequencies."""
+    trained = {key: value for key, value in checkpoint.tensors.items() if not key.endswith(FREQUENCIES)}
+    return replace(checkpoint, tensors=trained)
 
 
 def _with_one_embedding(reading: Reading, tied: bool) -> Checkpoint:

@@ -145,7 +145,7 @@ def test_configurations(site: Site, checkpoint: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     for text, message in (
         ("{d_model: 32}", r"the option d_model is 32, but '.+' in the checkpoint makes it 16"),
-        ("{colour: red}", "unknown option 'colour'"),
+        ("{activations: id}", "unknown option 'activations'; is 'activation' meant"),
         ("{activation: magic}", "the option activation is 'magic', not one of id, "),
         ("[1, 2", "the configuration is not valid YAML or JSON"),
     ):
@@ -235,6 +235,8 @@ def test_destinations(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monk
         (["--budget", "inf"], "--budget: Input should be a finite number"),
         (["--max-order", 1000], "--max-order: Input should be less than or equal to 512"),
         (["--target", "toaster"], r"'--target': 'toaster' is not one of .*'portable'.*; see lhcompile build --help"),
+        (["--target", "cpu", "--target", "cpu"], "--target: cpu is named twice"),
+        (["--quantize", "int3"], r"'--quantize': 'int3' is not one of .*'int4'.*; see lhcompile build --help"),
         (["--method", "magic"], r"'--method': 'magic' is not one of .*'hankel'.*; see lhcompile build --help"),
         (["--sequences", 1], "--sequences: Input should be greater than or equal to 2"),
         (["--colour", "red"], r"No such option: --colour.*; see lhcompile build --help"),

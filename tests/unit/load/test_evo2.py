@@ -210,7 +210,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "hcl groups": ({"hcl_filter_groups": 4}, "the option hcl_filter_groups is 4, but"),
     "hcm groups": ({"hcm_filter_groups": 8}, "the option hcm_filter_groups is 8, but 'blocks.1.filter.h' in the"),
     "split": ({"proj_groups": 2}, "the option proj_groups is 2, but"),
-    "hyena order": ({"order": 2}, "unknown option 'order'"),
+    "misspelled": ({"interleaves": True, "interleave": None}, "unknown option 'interleaves'; is 'interleave' meant?"),
     "final norm": ({"final_norm": False}, "the option final_norm = False is not supported"),
     "tie": ({"tie_embeddings": False}, "missing key 'unembed.weight' of shape [32, 32]; it looked like evo2"),
 }  # fmt: skip

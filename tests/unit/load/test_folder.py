@@ -75,7 +75,11 @@ def test_the_config_beside_the_weights(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path).config == {"d_model": 3}
     beside = read_checkpoint(tmp_path / "model.safetensors")
     assert (beside.config, beside.notes) == ({"d_model": 3}, ("read the options in config.json beside the file",))
-    assert read_checkpoint(tmp_path / "other.pt").config == {}
+    assert read_checkpoint(tmp_path / "other.pt").config == {"d_model": 3}
+    assert read_checkpoint(tmp_path / "other.pt", given=True).config == {}
+    (tmp_path / "other.yml").write_text("d_model: 4")
+    other = read_checkpoint(tmp_path / "other.pt")
+    assert (other.config, other.config_file) == ({"d_model": 4}, tmp_path / "other.yml")
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ConfigError, match=r"config.json: the configuration is no mapping of options"):
         read_checkpoint(tmp_path)

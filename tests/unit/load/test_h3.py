@@ -60,7 +60,8 @@ def test_what_is_found_and_what_is_assumed(tmp_path: Path) -> None:
     assert (loaded.config["vocab_size"], loaded.config["vocab_size_padded"]) == (13, 16)
     assert loaded.config["attention"]["num_heads"] == 2
     assert loaded.notes == (
-        "assumed, as neither file says otherwise: layer_norm_epsilon 1e-05, l_max None, disc bilinear",
+        "assumed, as neither file says otherwise: layer_norm_epsilon 1e-05, l_max None, disc bilinear, "
+        "real_type exp, force_real False, bandlimit None",
     )
 
 
@@ -102,6 +103,36 @@ def test_half_precision(tmp_path: Path) -> None:
     loaded = load(str(weights), config=config)
     rounded = {key: value.float() for key, value in half.items()}
     assert gap(loaded.module, H3Reference(Published(rounded).plain), LENGTH) < TOLERANCE
+
+
+@pytest.mark.parametrize("real_type", ["none", "relu", "sigmoid", "softplus"])
+def test_other_forms_of_the_real_part(tmp_path: Path, real_type: str) -> None:
+    """The same rates stored otherwise are the same model."""
+    published, truth = h3(attention=()), h3(attention=())
+    rates = {
+        "none": torch.clone, "relu": lambda a: a - 1e-4,
+        "sigmoid": torch.logit, "softplus": lambda a: a.expm1().log(),
+    }
+    for each in (published, truth):
+        every(each, "inv_A_real", lambda a: -1 + 0.4 * a)  # a sigmoid has rates below 1
+    truth = Published(truth.state)
+    every(published, "inv_A_real", lambda a: rates[real_type](a.double().exp()).float())
+    published.options["ssm_cfg"]["real_type"] = real_type
+    assert distance(published, tmp_path, truth) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("options", "end", "change"),
+    [
+        ({"force_real": True}, ".mixer.kernel.kernel.A_imag", torch.zeros_like),
+        ({"bandlimit": 0.0}, ".mixer.kernel.kernel.C", torch.zeros_like),
+    ],
+)
+def test_modes_that_do_not_turn_or_are_silent(tmp_path: Path, options: dict[str, Any], end: str, change: Any) -> None:
+    published, truth = h3(attention=()), h3(attention=())
+    every(truth, end, change)
+    published.options["ssm_cfg"] |= options
+    assert distance(published, tmp_path, Published(truth.state)) < TOLERANCE
 
 
 # ---- readings of the format that are wrong: none may pass for the right one ----------------------------------------

@@ -51,7 +51,8 @@ def test_shorter_sequences_hear_the_causal_filter(tmp_path: Path) -> None:
 
 
 def test_what_is_found_and_what_is_assumed(tmp_path: Path) -> None:
-    weights, _ = write(long_conv(channels=2), tmp_path)
+    weights, config = write(long_conv(channels=2), tmp_path)
+    config.unlink()
     loaded = load(str(weights))
     assert (loaded.family, loaded.context_length, loaded.signal.features) == ("safari-long-conv", 40, None)
     assert {"channels": 2, "l_max": 40, "postact": "glu", "vocab_size": 16}.items() <= loaded.config.items()
@@ -90,6 +91,34 @@ def test_the_sequence_model_of_features(tmp_path: Path) -> None:
     reference = LongConvReference(published.plain)
     wanted = np.stack([reference.sequence(row.double().numpy(), True) for row in inputs])
     assert np.abs(loaded.module(inputs).numpy() - wanted).max() < TOLERANCE * wanted.std()
+
+
+def test_a_norm_with_options_of_its_own(tmp_path: Path) -> None:
+    published = long_conv_sequence()
+    published.options["model"]["norm"] = {"_name_": "layer", "eps": 0.1}
+    weights, config = write(published, tmp_path)
+    reference = LongConvReference(published.plain, layer_norm_epsilon=0.1)
+    loaded = load(str(weights), config=config)
+    assert gap(loaded.module, lambda ids: reference.sequence(np.array(ids), True), LENGTH) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["instance", "group", "batch", None])
+def test_norms_that_the_keys_are_not(tmp_path: Path, name: str | None) -> None:
+    published = long_conv_sequence()
+    published.options["model"]["norm"] = name
+    weights, config = write(published, tmp_path)
+    message = f"the option norm is {name!r}, but the keys of the checkpoint make it layer"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(str(weights), config=config)
+
+
+def test_a_decoder_that_the_model_leaves_to_the_experiment(tmp_path: Path) -> None:
+    published = long_conv_sequence()
+    published.options["model"]["decoder"] = None
+    published.options["decoder"] = {"_name_": "sequence", "mode": "pool"}
+    weights, config = write(published, tmp_path)
+    with pytest.raises(ConfigError, match="the option mode = 'pool' is not supported"):
+        load(str(weights), config=config)
 
 
 # ---- readings of the format that are wrong: none may pass for the right one ----------------------------------------
@@ -203,7 +232,7 @@ def test_broken_checkpoints(tmp_path: Path, key: str, value: Any, message: str) 
         ({"bidirectional": True}, "the option bidirectional = True is not supported"),
         ({"smooth_freq": True}, "the option smooth_freq = True is not supported"),
         ({"use_ma_smoothing": True, "ma_window_len": 4}, "the option ma_window_len is 4, not odd and positive"),
-        ({"lambda": 0.1}, "unknown option 'lambda'"),
+        ({"ma_window_length": 7}, "unknown option 'ma_window_length'; is 'ma_window_len' meant?"),
     ],
 )
 def test_configurations_that_cannot_be(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -223,7 +252,8 @@ def test_kernels_of_both_directions(tmp_path: Path) -> None:
 
 
 def test_an_activation_that_no_shape_says(tmp_path: Path) -> None:
-    weights, _ = write(long_conv(glu=False), tmp_path)
+    weights, config = write(long_conv(glu=False), tmp_path)
+    config.unlink()
     with pytest.raises(ConfigError, match=r"output_linear.0.weight' has 6 rows, no GLU: give postact in --config"):
         load(str(weights))
 

@@ -45,7 +45,8 @@ def test_logits_are_those_of_the_equations(tmp_path: Path, name: str) -> None:
 
 def test_what_is_found_and_what_is_assumed(tmp_path: Path) -> None:
     published = multihyena(direct=False)
-    weights, _ = write(published, tmp_path)
+    weights, config = write(published, tmp_path)
+    config.unlink()
     loaded = load(str(weights))
     assert (loaded.family, loaded.context_length) == ("multihyena", 40)
     assert loaded.parameters == sum(p.numel() for p in loaded.module.parameters())
@@ -53,6 +54,21 @@ def test_what_is_found_and_what_is_assumed(tmp_path: Path) -> None:
     assert found.items() <= loaded.config.items()
     (told,) = loaded.notes
     assert "modulate True, shift 0.0, normalized False, head_layout heads, norm_eps 1e-06, skip 0.0" in told
+
+
+def test_filters_named_filter(tmp_path: Path) -> None:
+    """Of the operator without D that adds its input, whose filter has options of its own."""
+    published = multihyena()
+    for key in list(published.state):
+        published.state[key.replace(".filter_fn.", ".filter.")] = published.state.pop(key)
+    del published.options["layer"]["modulate"], published.options["layer"]["l_max"]
+    inner = {"_name_": "hyena-filter", "d_model": 2, "order": 8, "seq_len": 40, "modulate": False, "bias": True}
+    published.options["layer"]["filter_cfg"] = inner
+    weights, config = write(published, tmp_path)
+    loaded = load(str(weights), config=config)
+    plain = {key: value for key, value in published.plain.items() if not key.endswith("filter_fn.bias")}
+    assert gap(loaded.module, MultiHyenaReference(plain, heads=2, skip=1.0, modulate=False), LENGTH) < TOLERANCE
+    assert loaded.notes[0] == "skipped *.mixer.filter.bias, which the operator does not use"
 
 
 def parts(change: Callable[[list[Any]], list[Any]]) -> Callable[[Any, pytest.MonkeyPatch], None]:

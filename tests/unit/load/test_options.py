@@ -45,6 +45,13 @@ def test_shapes_then_options_then_defaults(tmp_path: Path) -> None:
     assert notes == ["assumed, as neither file says otherwise: tied True, kind a"]
 
 
+def test_unknown_options_are_told(tmp_path: Path) -> None:
+    """Also those like the name of an option that is given, or that shapes say."""
+    options, notes = settled({"heads": 2, "colour": "red", "widths": 9, "head": 3}, tmp_path)
+    assert options == Options(width=8, heads=2, layers=(1, 2))
+    assert notes[0] == "did not use unknown options: colour, widths, head"
+
+
 def test_null_says_nothing_of_what_shapes_say(tmp_path: Path) -> None:
     options, _ = settled({"heads": 2, "width": None, "limit": None}, tmp_path)
     assert (options.width, options.limit) == (8, None)
@@ -61,7 +68,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "contradiction": ({"width": 9}, "the option width is 9, but 'embed.weight' in the checkpoint makes it 8"),
     "list": ({"layers": [1]}, "the option layers is [1], but 'layers.1' in the checkpoint makes it (1, 2)"),
     "unsupported": ({"blocks": 2}, "the option blocks = 2 is not supported"),
-    "unknown": ({"with": 9}, "unknown option 'with'"),
+    "misspelled": ({"tie": False}, "unknown option 'tie'; is 'tied' meant?"),
+    "misspelled beside null": ({"layers": None, "tied": None, "tied_": 1}, "unknown option 'tied_'; is 'tied' meant?"),
     "number": ({"eps": "small"}, "the option eps cannot be 'small'"),
     "bool": ({"tied": 1}, "the option tied cannot be 1"),
     "no bool": ({"eps": True}, "the option eps cannot be True"),
@@ -82,14 +90,13 @@ def test_options_that_cannot_be(tmp_path: Path, name: str) -> None:
 def test_the_users_file_wins(tmp_path: Path, config_file: Write) -> None:
     stored = {"heads": 2, "eps": 0.1, "layer": {"old": 3, "sub": {"x": 1}}}
     path = config_file(json.dumps({"model": {"eps": 0.2, "layer": {"old": "${model.eps}"}}, "data": 1}))
-    given = given_options(
-        Checkpoint(tmp_path / "a.pt", {}, config=stored), path, nested=("layer",), renamed={"old": "new"}
-    )
+    checkpoint = Checkpoint(tmp_path / "a.pt", {}, config=stored, config_file=tmp_path / "stored.json")
+    given = given_options(checkpoint, path, nested=("layer",), renamed={"old": "new"})
     assert given.values == {"heads": 2, "eps": 0.2, "new": 0.2, "sub": {"x": 1}}
     assert given.files["eps"] == path
-    assert given.files["heads"] == tmp_path / "config.json"
+    assert given.files["heads"] == tmp_path / "stored.json"
     inner = given.inside("sub")
-    assert (inner.values, inner.files) == ({"x": 1}, {"x": tmp_path / "config.json"})
+    assert (inner.values, inner.files) == ({"x": 1}, {"x": tmp_path / "stored.json"})
     assert given.inside("absent").values == {}
 
 

@@ -58,9 +58,131 @@ def test_what_loading_says(tmp_path: Path) -> None:
     assert found.parameters == sum(value.numel() for key, value in tensors.items() if "l_kernel" not in key)
     assert (found.config["d_state"], found.config["disc"], found.config["prenorm"]) == (8, "bilinear", False)
     assert found.notes == (
-        "assumed, as neither file says otherwise: prenorm False",
+        "assumed, as neither file says otherwise: prenorm False, dt_fast False, dt_transform exp, real_transform exp, "
+        "imag_transform none, bandlimit None, swap_channels False, activation gelu, mult_act id, l_max None",
         "each position is decoded; the published example averages over time first",
     )
+
+
+# ---- options of s4.py that change what the same numbers mean -------------------------------------------------------
+
+
+def storage(tensors: dict[str, Tensor], end: str, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The tensors, those whose keys end so changed in double precision."""
+    return {key: change(x.double()).float() if key.endswith(end) else x for key, x in tensors.items()}
+
+
+STORED: dict[str, tuple[dict[str, Any], str, Callable[[Tensor], Tensor]]] = {
+    "softplus steps": ({"dt_transform": "softplus"}, "inv_dt", lambda x: x.exp().expm1().log()),
+    "sinh of steps": ({"dt_fast": True}, "inv_dt", torch.asinh),
+    "plain rates": ({"real_transform": "none"}, "A_real", torch.exp),
+    "rates above zero": ({"real_transform": "relu"}, "A_real", lambda x: x.exp() - 1e-4),
+    "logarithms of frequencies": ({"imag_transform": "exp"}, "A_imag", torch.log),
+    "null activation": ({"mult_act": None}, "none", lambda x: x),
+}
+
+
+@pytest.mark.parametrize("kind", ["diag", "dplr-plain"])
+@pytest.mark.parametrize("name", STORED)
+def test_the_same_model_stored_otherwise(tmp_path: Path, name: str, kind: str) -> None:
+    options, end, change = STORED[name]
+    tensors = checkpoint(**KINDS[kind])
+    module = loaded(tmp_path, storage(tensors, end, change), layer={"layer": "fftconv", **options}).module
+    assert float((module(inputs()) - reference(tensors, inputs(), **KINDS[kind])).abs().max()) <= TOLERANCE
+
+
+def test_copies_that_lie_innermost(tmp_path: Path) -> None:
+    tensors = checkpoint(**KINDS["diag"])
+    copies = KINDS["diag"]["channels"]
+    swapped = storage(tensors, "output_linear.0.weight", lambda w: w.unflatten(1, (copies, -1)).mT.flatten(1))
+    module = loaded(tmp_path, swapped, swap_channels=True).module
+    assert float((module(inputs()) - reference(tensors, inputs(), layer="diag")).abs().max()) <= TOLERANCE
+
+
+def test_real_systems_are_complex_ones_that_do_not_turn(tmp_path: Path) -> None:
+    tensors = storage(checkpoint(**KINDS["diag-bilinear"]), "A_imag", torch.zeros_like)
+    for end in (".B", ".C"):
+        tensors = storage(tensors, end, lambda x: x * torch.tensor([1.0, 0.0]))
+    real = {key: x[..., 0].clone() if key.endswith((".B", ".C")) else x for key, x in tensors.items()}
+    real = {key: x for key, x in real.items() if not key.endswith("A_imag")}
+    found = loaded(tmp_path, real, is_real=True, d_state=4, disc="bilinear")
+    assert found.config["is_real"]
+    expected = reference(tensors, inputs(), layer="diag", disc="bilinear")
+    assert float((found.module(inputs()) - expected).abs().max()) <= TOLERANCE
+
+
+def test_activations_are_those_of_the_options(tmp_path: Path) -> None:
+    tensors = checkpoint(**KINDS["diag"])
+    one = loaded(tmp_path, tensors, activation="silu", mult_act="tanh").module
+    block = one.s4_layers[0]
+    u = torch.randn(1, 5, D_MODEL, generator=torch.Generator().manual_seed(2))
+    inner = block.layer
+    raw = s4.real_form(u.repeat(1, 1, 2), inner.own, inner.other, inner.readout, inner.D.flatten())
+    expected = torch.nn.functional.glu(block.output_linear(torch.tanh(torch.nn.functional.silu(raw))))
+    torch.testing.assert_close(block(u), expected)
+
+
+@pytest.mark.parametrize("final_act", ["id", "gelu", None])
+def test_other_ends_of_a_layer(tmp_path: Path, final_act: str | None) -> None:
+    """Without a GLU the linear map has half the rows; without a final activation there is none."""
+    tensors = checkpoint(**KINDS["diag-bilinear"])
+    halves = {k: x[:D_MODEL] if "output_linear" in k else x for k, x in tensors.items()}
+    kept = {k: x for k, x in halves.items() if final_act or "output_linear" not in k}
+    block = loaded(tmp_path, kept, disc="bilinear", final_act=final_act).module.s4_layers[0]
+    u = torch.randn(1, 5, D_MODEL, generator=torch.Generator().manual_seed(2))
+    y = block.layer(u)
+    if final_act:
+        y = y @ halves["s4_layers.0.output_linear.0.weight"].T + halves["s4_layers.0.output_linear.0.bias"]
+    torch.testing.assert_close(block(u), gelu(y) if final_act == "gelu" else y)
+
+
+def test_the_longest_kernel_bounds_the_context(tmp_path: Path) -> None:
+    found = loaded(tmp_path, checkpoint(**KINDS["diag"]), l_max=128)
+    assert found.context_length == 128
+    assert "past l_max 128 the recurrence goes on, where the original cuts its kernel" in found.notes
+    with pytest.raises(ConfigError, match="context 129 is not between 2 and the checkpoint's l_max 128"):
+        loaded(tmp_path, checkpoint(**KINDS["diag"]), context=129, l_max=128)
+
+
+def test_nodes_that_a_kernel_cached_are_left_alone(tmp_path: Path) -> None:
+    tensors = checkpoint(**KINDS["dplr"])
+    cached = {f"s4_layers.0.layer.kernel.{name}": torch.ones(5, dtype=torch.complex64) for name in ("omega", "z")}
+    found = loaded(tmp_path, tensors | cached)
+    assert float((found.module(inputs()) - reference(tensors, inputs(), layer="dplr")).abs().max()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["s4d", "diag-prenorm", "dplr"])
+def test_the_sequence_model_of_lightning(tmp_path: Path, kind: str) -> None:
+    """Its keys are others; a prenorm model has one norm more, before the decoder."""
+    arguments, options = KINDS[kind], {"residual": "R", "norm": "layer", "dropout": 0.1, "pool": None}
+    tensors = checkpoint(**arguments)
+    wide = tensors | {"decoder.weight": torch.eye(D_MODEL), "decoder.bias": torch.zeros(D_MODEL)}
+    hidden = reference(wide, inputs(), **arguments)
+    names = {"s4_layers.": "model.layers.", "norms.": "model.layers."}
+    names |= {"encoder.": "encoder.1.", "decoder.": "decoder.0."}
+    state = {}
+    for key, value in tensors.items():
+        old = next(name for name in names if key.startswith(name))
+        rest = key.removeprefix(old)
+        middle = {"s4_layers.": ".layer.", "norms.": ".norm.norm.", "decoder.": "output_transform."}.get(old, "")
+        number, _, part = rest.partition(".") if "." in middle[:1] else ("", "", rest)
+        state[f"{names[old]}{number}{middle}{part}"] = value
+    if arguments.get("prenorm"):
+        gain, shift = torch.linspace(0.5, 2, D_MODEL), torch.linspace(-1, 1, D_MODEL)
+        state |= {"model.norm.norm.weight": gain, "model.norm.norm.bias": shift}
+        hidden = torch.nn.functional.layer_norm(hidden, [D_MODEL], gain.double(), shift.double())
+    torch.save({"state_dict": state, "epoch": 1}, tmp_path / "last.ckpt")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": options | {"prenorm": "prenorm" in arguments}}))
+    found = load(str(tmp_path / "last.ckpt"), config=tmp_path / "run.yaml")
+    expected = hidden @ tensors["decoder.weight"].T.double() + tensors["decoder.bias"].double()
+    assert float((found.module(inputs()) - expected).abs().max()) <= TOLERANCE
+
+
+def test_two_sided_kernels_are_refused(tmp_path: Path) -> None:
+    tensors = checkpoint(**KINDS["diag-bilinear"])
+    key = "s4_layers.0.layer.kernel.C"
+    with pytest.raises(CheckpointError, match=f"{key!r} holds two kernels for each in .*: a bidirectional layer"):
+        loaded(tmp_path, tensors | {key: tensors[key].repeat(2, 1, 1, 1)})
 
 
 # ---- every trap moves the outputs ----------------------------------------------------------------------------------

@@ -29,6 +29,10 @@ VARIANTS: list[dict[str, Any]] = [
     {"order": 3, "outer_mixing": True},
     {"order": 3, "post_order_ffn": True},
     {"max_position_embeddings": 12},
+    {"activation": "sqrelu"},
+    {"activation": "laplace"},
+    {"linear_mixer": True},
+    {"w_mod": 0.3},
 ]
 
 
@@ -48,6 +52,15 @@ def test_equals_the_formulas(tiny: Make, options: dict[str, Any]) -> None:
 def test_equals_the_formulas_when_shorter_than_l_max(tiny: Make) -> None:
     model = tiny(order=3).double()
     assert difference(model, HyenaReference(model.state_dict(), order=3), length=5) < 1e-10
+
+
+def test_filters_are_as_exact_as_their_weights(tiny: Make) -> None:
+    """Sines of large arguments, of which float32 would leave three digits."""
+    part = tiny(w=30.0, l_max=12).backbone.layers[0].mixer.filter_fn
+    taps = part.filter(12).detach()
+    assert taps.dtype == torch.float32
+    wanted = part.double().filter(12).detach()
+    assert float((taps - wanted).abs().max()) < 1e-7 * float(wanted.abs().max())
 
 
 # Each is a reading of the format that is wrong; none may pass for the right one.

@@ -43,7 +43,7 @@ def test_everything_is_found_from_the_shapes(tiny: Make, saved: Save) -> None:
     sizes |= {"order": 3, "num_inner_mlps": 1, "short_filter_order": 4, "l_max": 12}
     assert sizes.items() <= loaded.config.items()
     (told,) = loaded.notes
-    assert told.startswith("assumed, as neither file says otherwise: layer_norm_epsilon 1e-05, modulate True, shift 0.")
+    assert told.startswith("assumed, as neither file says otherwise: layer_norm_epsilon 1e-05, w_mod 1.0, modulate")
 
 
 def test_half_precision_loads_as_float32(state: State, saved: Save) -> None:
@@ -78,6 +78,30 @@ def test_head_may_be_absent_or_equal_or_untied(tiny: Make, saved: Save, config_f
     untied = tiny(tie_word_embeddings=False)
     config = config_file("tie_word_embeddings: false")
     assert same_logits(load(saved(untied.state_dict()), config=config).module, untied)
+
+
+def test_a_head_outside_the_prefix(tiny: Make, saved: Save, config_file: Write) -> None:
+    model = tiny(tie_word_embeddings=False)
+    state = {k if k == "lm_head.weight" else f"model.{k}": v for k, v in model.state_dict().items()}
+    loaded = load(saved(state), config=config_file("tie_word_embeddings: false"))
+    assert same_logits(loaded.module, model)
+    assert not any("skipped" in note for note in loaded.notes)
+
+
+def test_options_that_the_single_file_does_not_read(tiny: Make, saved: Save, config_file: Write) -> None:
+    model = tiny(order=3, filter_layout="standalone")
+    config = config_file("layer: {filter_layout: standalone, bias: false, normalized: true}")
+    loaded = load(saved(model.state_dict()), config=config)
+    assert same_logits(loaded.module, model)
+    assert sum("does not read it" in note for note in loaded.notes) == 2
+
+
+def test_a_filter_without_mlp(tiny: Make, saved: Save, config_file: Write) -> None:
+    model = tiny(linear_mixer=True)
+    loaded = load(saved(model.state_dict()), config=config_file("layer: {linear_mixer: true, filter_order: 16, w: 10}"))
+    assert same_logits(loaded.module, model)
+    with pytest.raises(ConfigError, match="the option linear_mixer is False, but "):
+        load(saved(model.state_dict()), config=config_file("layer: {linear_mixer: false}"))
 
 
 def test_one_surviving_freq_is_enough(tiny: Make, saved: Save) -> None:
@@ -167,7 +191,9 @@ def test_positions_scales_and_attention_are_seen_in_the_keys(tiny: Make, saved: 
     options = {"max_position_embeddings": 10, "post_order_ffn": True, "attn_layer_idx": (1,), "attention": attention}
     model = tiny(**options)
     path = saved(model.state_dict())
-    loaded = load(path, config=config_file("attn_cfg: {num_heads: 3, rotary_emb_dim: 2}"))
+    config = config_file("attn_cfg: {num_heads: 3, rotary_emb_dim: 2}")
+    loaded = load(path, config=config)
+    config.unlink()
     assert same_logits(loaded.module, model)
     assert loaded.context_length == 10
     message = "layer 1 is attention: no shape says its number of heads; give attn_cfg: {num_heads: …} in --config"
@@ -222,6 +248,7 @@ def test_json_and_model_config(tiny: Make, saved: Save, config_file: Write) -> N
     model = tiny(order=3, filter_layout="standalone")
     config = config_file(json.dumps({"model_config": {"d_model": 6, "layer": {"filter_layout": "standalone"}}}))
     assert same_logits(load(saved(model.state_dict()), config=config).module, model)
+    config.unlink()
     assert not same_logits(load(saved(model.state_dict())).module, model)
 
 

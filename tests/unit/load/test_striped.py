@@ -85,6 +85,51 @@ def test_context(tmp_path: Path) -> None:
         loaded.module(torch.zeros(1, 151, dtype=torch.int64))
 
 
+def test_long_contexts_must_be_asked_for(tmp_path: Path) -> None:
+    """Keys and values of a million positions would not fit; convolutions have no such limit."""
+    model = published("sh-7b", max_seqlen=9000)
+    weights, config = write(model, tmp_path)
+    loaded = load(str(weights), config=config)
+    assert loaded.context_length == 8192
+    told = "keys and values are made for 8192 of the max_seqlen 9000; --context N for more"
+    assert told in loaded.notes
+    assert load(str(weights), config=config, context=9000).context_length == 9000
+    weights, config = write(published("sh-7b", max_seqlen=9000, attn_layer_idxs=[]), tmp_path)
+    alone = load(str(weights), config=config)
+    assert (alone.context_length, told in alone.notes) == (9000, False)
+
+
+def test_rotary_frequencies_of_another_base(tmp_path: Path) -> None:
+    """The options' are used, and the file's told; as they were stored in half precision, they agree."""
+    model = published("sh-7b")
+    weights, config = write(model, tmp_path)
+    assert not any("frequencies" in note for note in load(str(weights), config=config).notes)
+    key = "blocks.1.inner_mha_cls.rotary_emb.inv_freq"
+    write(Published(model.state | {key: model.state[key] / 2}, model.options), tmp_path)
+    loaded = load(str(weights), config=config)
+    assert difference(loaded.module, model) < TOLERANCE
+    told = f"'{key}' holds other frequencies than those of rotary_emb_base 500000, which are used"
+    assert told in loaded.notes
+
+
+@pytest.mark.parametrize(("width", "groups"), [(32, 32), (64, 8)])
+def test_one_system_for_several_channels(tmp_path: Path, width: int, groups: int) -> None:
+    """One for all, or each of eight for eight channels in a row."""
+    model = published("evo-1", hidden_size=width, num_filters=width)
+    shared = dict(model.state)
+    for key, value in model.state.items():
+        if key.endswith((".poles", ".residues")):
+            shared[key] = value[: width // groups].clone()
+            model.state[key] = shared[key].repeat_interleave(groups, dim=0)
+    weights, config = write(Published(shared, model.options | {"hyena_filter_groups": groups}), tmp_path)
+    loaded = load(str(weights), config=config)
+    assert difference(loaded.module, model) < TOLERANCE
+    shared["blocks.0.filter.poles"] = shared["blocks.0.filter.poles"][:1].expand(3, -1, -1, -1).clone()
+    write(Published(shared, model.options), tmp_path)
+    with pytest.raises(CheckpointError, match=r"'blocks.0.filter.poles' has shape \[3, 8, 1, 2\], expected"):
+        load(str(weights), config=config)
+
+
 def test_a_tied_file_may_hold_the_embedding_twice(tmp_path: Path) -> None:
     model = published("evo-1")
     twice = model.state | {"unembed.weight": model.state["embedding_layer.weight"].clone()}
@@ -291,8 +336,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"mlp_activation": "relu"}, "the option mlp_activation is 'relu', not one of silu, gelu"),
     "final norm": ({"final_norm": False}, "the option final_norm = False is not supported"),
     "smeared": ({"smeared_gqa": True}, "the option smeared_gqa = True is not supported"),
-    "filter groups": ({"hyena_filter_groups": 8}, "the option hyena_filter_groups = 8 is not supported"),
-    "unknown": ({"interleave": True}, "unknown option 'interleave'"),
+    "filter groups": ({"hyena_filter_groups": 8}, "the option hyena_filter_groups is 8, but 'blocks.0.filter."),
+    "of Evo 2": ({"interleave": True}, "the option interleave = True is not supported"),
+    "misspelled": ({"mlp_activations": "gelu"}, "unknown option 'mlp_activations'; is 'mlp_activation' meant?"),
     "short bias": ({"short_filter_bias": False}, "unexpected key 'blocks.0.filter.short_filter_bias' and 1 more"),
 }  # fmt: skip
 
@@ -308,6 +354,7 @@ def test_refused_options(tmp_path: Path, name: str) -> None:
 
 
 def test_the_number_of_heads_must_be_given(tmp_path: Path) -> None:
-    weights, _ = write(published("sh-7b"), tmp_path)
+    weights, config = write(published("sh-7b"), tmp_path)
+    config.unlink()
     with pytest.raises(ConfigError, match="the option num_attention_heads must be given in --config"):
         load(str(weights))
