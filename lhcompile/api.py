@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -187,7 +188,9 @@ def verify_directory(
     if all(layer.tap_error == 0 for layer in manifest.distillation):
         verify.check_stage(model, source.module, few, verify.ONNX)
     say(f"measuring on {rows.shape[:2].numel()} positions")
-    stages = tuple(verify.fidelity(source.module, {"onnx": model}, rows))
+    with TemporaryDirectory() as place:
+        reference = verify.Reference(source.module, rows, Path(place) / "reference")
+        stages = tuple(verify.fidelity(reference, {"onnx": model}))
     if not np.isfinite((stages[-1].loss or 0.0) + (stages[-1].relative_error or 0.0)):
         raise ParityError("the outputs of the built model are not finite")
     return Verification(len(manifest.files), cuts, stages)

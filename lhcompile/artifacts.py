@@ -277,12 +277,16 @@ class Distilled:
 
 @dataclass(frozen=True)
 class Lowered:
-    """Both ONNX graphs of a model for one target; inputs and outputs as in the built directory's contract."""
+    """Both ONNX graphs of a model for one target; inputs and outputs as in the built directory's contract.
+
+    prefill: the step graph itself where one token at a time is all there is; batch: rows, None for any number
+    """
 
     step: ir.Model
     prefill: ir.Model
     target: str
     states: tuple[State, ...]
+    batch: int | None = None
 
 
 def module_path(node: Node) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import onnx_ir as ir
+
 from lhcompile.artifacts import Distilled, LoadedModel, Lowered, Program
 from lhcompile.errors import DestinationError
-from lhcompile.lower import write_graphs
+from lhcompile.lower import WEIGHTS_NAME, weight_places, write_graphs
 from lhcompile.package import Link, Source
 from lhcompile.package.manifest import (
     Distillation,
+    ExternalWeights,
     FeatureFidelity,
     Graph,
     Graphs,
@@ -22,23 +26,33 @@ from lhcompile.package.manifest import (
     State,
     TokenFidelity,
     Tokenizer,
+    Weight,
 )
 from lhcompile.verify import summary
 from lhcompile.verify.model import BudgetReport, GraphReport, LayerReport, ModelReport, Report, StageFidelity
 
-__all__ = ["VERSIONED", "graph_files", "manifest_of", "report_of"]
+__all__ = ["VERSIONED", "fidelity_of", "graph_files", "graph_names", "manifest_of", "report_of"]
 
 VERSIONED = ("lhcompile", "torch", "onnx", "onnxruntime", "onnxscript", "numpy")
-STEP, PREFILL = "step.onnx", "prefill.onnx"
+def graph_names(targets: Sequence[Lowered]) -> list[tuple[str, str]]:
+    """File names of each target's step and prefill graphs; the same twice where one graph is both."""
+    names = []
+    for index, lowered in enumerate(targets):
+        step, prefill = (f"{kind}{f'.{lowered.target}' if index else ''}.onnx" for kind in ("step", "prefill"))
+        names.append((step, step if lowered.prefill is lowered.step else prefill))
+    return names
 
 
-def graph_files(lowered: Lowered, place: Path) -> dict[str, Source]:
-    """Both graphs, and their weights if those are large, as files in the workspace `place`, for `package`.
+def graph_files(targets: Sequence[Lowered], place: Path) -> dict[str, Source]:
+    """The graphs of every target, and their weights if those are large or shared, as files in the workspace `place`.
 
     Raises DestinationError where they cannot be written.
     """
+    graphs: dict[str, ir.Model] = {}
+    for lowered, names in zip(targets, graph_names(targets), strict=True):
+        graphs |= dict(zip(names, (lowered.step, lowered.prefill), strict=True))
     try:
-        paths = write_graphs({STEP: lowered.step, PREFILL: lowered.prefill}, place)
+        paths = write_graphs(graphs, place, shared=len(targets) > 1)
     except OSError as error:
         raise DestinationError(f"cannot write into {place.parent}: {error.strerror or error}") from error
     return {path.name: Link(path) for path in paths}
@@ -46,22 +60,25 @@ def graph_files(lowered: Lowered, place: Path) -> dict[str, Source]:
 
 def manifest_of(
     loaded: LoadedModel,
-    lowered: Lowered,
+    targets: Sequence[Lowered],
     program: Program,
-    layers: list[LayerReport] | None = None,
-    stages: list[StageFidelity] | None = None,
-    timings: dict[str, float] | None = None,
-    tokenizer: str | None = None,
+    layers: list[LayerReport],
+    tokenizer: bool,
 ) -> Manifest:
-    """manifest.json without its file list, which packaging fills in.
+    """manifest.json without figures of the graphs, and without its file list, which packaging fills in.
 
-    tokenizer: name of the tokenizer file in the directory, None for a byte model or one that takes ids.
+    tokenizer: there is a tokenizer.json; without one the model reads bytes or takes ids.
     """
     tokens = program.signal.features is None
-    modal = [layer for layer in layers or [] if not layer.kept]
+    modal = [layer for layer in layers if not layer.kept]
+    first = targets[0]
+    graphs = {
+        lowered.target: Graphs(step=_graph(step, lowered.step), prefill=_graph(prefill, lowered.prefill))
+        for lowered, (step, prefill) in zip(targets, graph_names(targets), strict=True)
+    }
     return Manifest(
         lhcompile_version=version("lhcompile"),
-        target=lowered.target,  # type: ignore[arg-type]
+        target=first.target,  # type: ignore[arg-type]
         model=ModelInfo(
             family=loaded.family,
             vocab_size=program.vocabulary if tokens else None,
@@ -69,7 +86,8 @@ def manifest_of(
             parameters=loaded.parameters,
         ),
         tokenizer=_tokenizer(program, tokenizer),
-        graphs=Graphs(step=Graph(file=STEP), prefill=Graph(file=PREFILL)),
+        graphs=graphs[first.target],
+        variants={target: each for target, each in graphs.items() if target != first.target} or None,  # type: ignore[misc]
         inputs=Inputs(**{"tokens" if tokens else "features": program.signal.input}),
         outputs=Outputs(**{"logits" if tokens else "values": program.signal.output}),
         states=[
@@ -82,7 +100,7 @@ def manifest_of(
                 module=state.module,
                 capacity=state.capacity,
             )
-            for state in lowered.states
+            for state in first.states
         ],
         distillation=[
             Distillation(
@@ -96,22 +114,28 @@ def manifest_of(
             )
             for layer in modal
         ],
-        fidelity=_fidelity(stages),
-        timings={name: round(seconds, 3) for name, seconds in (timings or {}).items()},
     )
 
 
-def _tokenizer(program: Program, file: str | None) -> Tokenizer | None:
+def _graph(file: str, model: ir.Model) -> Graph:
+    """The entry of a graph that was written."""
+    tensors = {
+        name: Weight(offset=place.offset, dtype=place.dtype, shape=list(place.shape))
+        for name, place in weight_places(model).items()
+    }
+    return Graph(file=file, weights=ExternalWeights(file=WEIGHTS_NAME, tensors=tensors) if tensors else None)
+
+
+def _tokenizer(program: Program, file: bool) -> Tokenizer | None:
     if program.signal.features is not None:
         return None
-    if file is not None:
-        return Tokenizer(kind="tokenizers", file=file)
+    if file:
+        return Tokenizer(kind="tokenizers", file="tokenizer.json")
     return Tokenizer(kind="bytes") if program.reads_bytes else Tokenizer(kind="none")
 
 
-def _fidelity(stages: list[StageFidelity] | None) -> TokenFidelity | FeatureFidelity | None:
-    if not stages:
-        return None
+def fidelity_of(stages: list[StageFidelity]) -> TokenFidelity | FeatureFidelity:
+    """The manifest's figures: the last stage against the first."""
     first, last = stages[0], stages[-1]
     if last.relative_error is not None:
         return FeatureFidelity.model_validate(
@@ -139,19 +163,14 @@ def report_of(
     distilled: Distilled,
     stages: list[StageFidelity],
     graph: GraphReport,
-    budget: float | None,
-    files: dict[str, int],
-    timings: dict[str, float],
+    budget: float,
     command: str,
     calibration: str,
 ) -> Report:
-    """Everything the build has to say.
+    """Everything the build has to say but for the graphs' own figures (`Report.measured`).
 
-    budget: the relative rise asked for, None where an order was given; calibration: where the sequences came from
+    stages: those in torch; budget: the relative rise allowed; calibration: where the sequences came from
     """
-    rise = stages[-1].relative_error
-    if stages[0].loss and stages[-1].loss is not None:
-        rise = (stages[-1].loss - stages[0].loss) / abs(stages[0].loss)
     signal = program.signal
     blocks = len({_block(state.module) for state in lowered.states})
     return Report(
@@ -173,15 +192,11 @@ def report_of(
         samples=summary.samples_of(distilled),
         spectra=summary.spectra_of(distilled),
         poles=summary.poles_of(distilled),
-        budget=None
-        if budget is None
-        else BudgetReport(requested=budget, measured=rise, orders=summary.orders_tried(distilled)),
+        budget=BudgetReport(requested=budget, orders=summary.orders_tried(distilled)) if distilled.trials else None,
         healing=summary.healing_of(distilled),
         graph=graph.model_copy(update={"nodes_per_layer": graph.step_nodes / blocks if blocks else None}),
         state_bytes=summary.state_bytes(lowered.states),
         capacity=program.capacity,
-        timings=timings,
-        files=files,
     )
 
 

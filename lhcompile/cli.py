@@ -8,8 +8,9 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -108,12 +109,16 @@ def with_options(*configs: str) -> Callable[[Callable[..., None]], Callable[...,
 
 def _option(name: str, field: Any) -> python_inspect.Parameter:
     flags = [f"--{name.replace('_', '-')}"] + (["-o"] if name == "output" else [])
+    annotation = field.annotation
+    if get_origin(annotation) is list:  # typer takes choices that repeat as an enumeration only
+        choices = get_args(get_args(annotation)[0])
+        annotation = list[StrEnum(name, list(zip(choices, choices, strict=True)))]  # type: ignore[misc]
     option = typer.Option(*flags, help=field.description)
     return python_inspect.Parameter(
         name,
         python_inspect.Parameter.KEYWORD_ONLY,
         default=... if field.is_required() else field.default,
-        annotation=Annotated[field.annotation, option],
+        annotation=Annotated[annotation, option],
     )
 
 
@@ -121,7 +126,7 @@ def _option(name: str, field: Any) -> python_inspect.Parameter:
 
 
 @app.command()
-@with_options("load", "calibration", "distill", "streamify", "lower", "package")
+@with_options("load", "calibration", "distill", "streamify", "lower", "quantize", "package")
 def build(model: Model, **options: Any) -> None:
     """Compile MODEL into a directory that onnxruntime runs token by token."""
     command = shlex.join(["lhcompile", *sys.argv[1:]])
@@ -145,6 +150,8 @@ def build(model: Model, **options: Any) -> None:
     rows.append(("files", _sizes(report.files)))
     rows.append(("written to", f"{options['output']}  (report: {options['output'] / 'report.html'})"))
     _print_rows(rows)
+    for note in report.notes:
+        err.print(f"[yellow]note:[/] {_escaped(note)}", soft_wrap=True)
     budget = report.budget
     if budget is not None and budget.measured is not None and budget.measured > budget.requested:
         tokens = report.model.features is None

@@ -18,13 +18,18 @@ __all__ = [
     "LowerConfig",
     "Method",
     "PackageConfig",
+    "Precision",
+    "QuantizeConfig",
+    "StateType",
     "StreamConfig",
     "Target",
     "build_config",
     "validated",
 ]
 
-Target = Literal["portable", "cpu"]
+Target = Literal["portable", "cpu", "cuda", "web", "mcu"]
+Precision = Literal["none", "fp16", "bf16", "int8", "int4"]
+StateType = Literal["float32", "float16", "int8"]
 Method = Literal["auto", "hankel", "varpro"]
 
 
@@ -144,7 +149,25 @@ class StreamConfig(_Config):
 class LowerConfig(_Config):
     """What the graphs are made for."""
 
-    target: Target = Field("cpu", description="Kind of runtime the graphs are made for.")
+    target: list[Target] = Field(
+        ["cpu"], min_length=1, description="Kind of runtime the graphs are made for; more than once for several."
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> LowerConfig:
+        twice = {target for target in self.target if self.target.count(target) > 1}
+        if twice:
+            raise ValueError(f"{min(twice)} is named twice")
+        return self
+
+
+class QuantizeConfig(_Config):
+    """How numbers are stored."""
+
+    quantize: Precision = Field(
+        "none", description="Precision of the weights; poles, residues, norms and states stay in float32."
+    )
+    state_type: StateType = Field("float32", description="How states of the convolutions are stored between calls.")
 
 
 class PackageConfig(_Config):
@@ -162,6 +185,7 @@ class BuildConfig(_Config):
     distill: DistillConfig = DistillConfig()
     streamify: StreamConfig = StreamConfig()
     lower: LowerConfig = LowerConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
     package: PackageConfig
 
     @classmethod

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lhcompile.parallel import side_by_side
 
-__all__ = ["Agreement", "Deviation", "Model", "compare", "divergences", "loss", "losses"]
+__all__ = ["Agreement", "Deviation", "Model", "Reference", "compare", "divergences", "loss", "losses"]
 
 Model = Callable[[Tensor], Tensor]
 BYTES = 1 << 28
@@ -80,18 +82,36 @@ class Deviation:
         self.max_difference = max(self.max_difference, float(error.abs().max()))
 
 
-@torch.no_grad()
-def compare(reference: Model, models: Mapping[str, Model], inputs: Tensor) -> dict[str, Agreement | Deviation]:
-    """Each model, and the reference itself under "reference", against the reference.
+class Reference:
+    """What a model says to its inputs, kept in files, so that others can be compared with it when it is gone."""
 
-    inputs: tokens [sequences, time], which give an Agreement, or features [sequences, time, features], a Deviation
+    @torch.no_grad()
+    def __init__(self, model: Model, inputs: Tensor, directory: Path) -> None:
+        """inputs: tokens [sequences, time] or features [sequences, time, features]; directory: a new one is made"""
+        directory.mkdir()
+        self.continuous = inputs.is_floating_point()
+        self._slices = list(_slices(model, inputs))
+        self._files = [directory / f"{index}.npy" for index in range(len(self._slices))]
+        pairs = zip(self._files, self._slices, strict=True)
+        side_by_side(lambda pair: np.save(pair[0], model(pair[1]).numpy()), pairs)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows of the inputs and the outputs for them, slice by slice."""
+        for rows, file in zip(self._slices, self._files, strict=True):
+            yield rows, torch.from_numpy(np.load(file))
+
+
+@torch.no_grad()
+def compare(reference: Reference, models: Mapping[str, Model]) -> dict[str, Agreement | Deviation]:
+    """The reference itself, under "reference", and each model against the reference.
+
+    Tokens give an Agreement, features a Deviation.
     """
-    everyone = {"reference": reference, **models}
     result: dict[str, Agreement | Deviation] = {
-        name: Deviation() if inputs.is_floating_point() else Agreement() for name in everyone
+        name: Deviation() if reference.continuous else Agreement() for name in ("reference", *models)
     }
-    for rows in _slices(reference, inputs):
-        truth, *others = side_by_side(lambda model, rows=rows: model(rows), everyone.values())  # type: ignore[misc]
+    for rows, truth in reference:
+        others = side_by_side(lambda model, rows=rows: model(rows), models.values())  # type: ignore[misc]
         for figures, outputs in zip(result.values(), (truth, *others), strict=True):
             figures.add(outputs, truth, rows)
     return result

@@ -7,16 +7,19 @@ calibrate  sequences to choose by and sequences to judge by; after recognize, be
 distill    convolutions to modal systems; before streamify, while a program still takes whole sequences
 streamify  states in and out
 lower      ONNX graphs
-verify     parity of each stage, figures on held-out sequences
+compare    figures of the torch programs on held-out sequences, after which their memory is free for the graphs
+verify     parity and figures of the graphs
 package    the directory, whole or not at all
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +27,7 @@ from lhruntime import Session
 
 from lhcompile import verify
 from lhcompile.artifacts import Program
-from lhcompile.assemble import graph_files, manifest_of, report_of
+from lhcompile.assemble import fidelity_of, graph_files, manifest_of, report_of
 from lhcompile.calibrate import SAMPLED_LENGTH, calibrate, check_readable, token_limit
 from lhcompile.capture import capture
 from lhcompile.config import BuildConfig, DistillConfig
@@ -36,7 +39,7 @@ from lhcompile.package import Manifest, Source, check_destination, package, size
 from lhcompile.recognize import recognize
 from lhcompile.streamify import check_capacity, streamify
 from lhcompile.verify.graphs import check_graphs
-from lhcompile.verify.model import Report
+from lhcompile.verify.model import Report, StageFidelity
 from lhcompile.verify.report import render_report
 
 __all__ = ["Progress", "build"]
@@ -65,6 +68,23 @@ class Progress:
         self.timings[name] = time.perf_counter() - started
 
 
+@dataclass(frozen=True)
+class _Compiled:
+    """What is left of a model when its torch programs are gone: a build holds the weights of one at a time.
+
+    files: of the directory; targets: whose graphs they are, and the rows those are for, None for any number
+    manifest, report: without figures of the ONNX graphs
+    expected, reference: what the graphs are compared with, in every cut and on held-out sequences
+    """
+
+    files: dict[str, Source]
+    targets: dict[str, int | None]
+    manifest: Manifest
+    report: Report
+    expected: verify.Fed
+    reference: verify.Reference
+
+
 def build(model: str, config: BuildConfig, progress: Progress | None = None, command: str = "") -> Report:
     """Compile `model` as `config` asks and write the directory `config.package.output`.
 
@@ -74,6 +94,25 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
     progress = progress or Progress()
     check_destination(config.package.output, config.package.force)
     check_readable(config.calibration)
+    with workspace(config.package.output) as place:
+        compiled = _compile(model, config, progress, place, command)
+        gc.collect()  # programs hold themselves in circles
+        with progress.stage("verify") as say:
+            stages = _measure(compiled, place, say)
+        with progress.stage("package"):
+            sizes = {name: size_of(file) for name, file in compiled.files.items()}
+            report = compiled.report.measured(stages, sizes, progress.timings)
+            manifest = compiled.manifest.model_copy(
+                update={"fidelity": fidelity_of(stages), "timings": report.timings}
+            )
+            compiled.files["report.json"] = report.model_dump_json(indent=1).encode()
+            compiled.files["report.html"] = render_report(report).encode()
+            package(config.package.output, compiled.files, manifest, force=config.package.force)
+    return report
+
+
+def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, command: str) -> _Compiled:
+    """Every stage that holds the model in torch, up to the graph files in `place`."""
     with progress.stage("load"):
         loaded = load(model, **dict(config.load))
     with progress.stage("capture"):
@@ -95,35 +134,46 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
     with progress.stage("streamify"):
         streamed = streamify(distilled.program, config.streamify.max_context)
         verify.check_streamed(streamed, distilled.program, few)
-    with workspace(config.package.output) as place:
-        with progress.stage("lower"):
-            lowered = lower(streamed, config.lower)
-            graph = check_graphs(lowered, streamed.signal)
-            files = graph_files(lowered, place)
-            if config.calibration.tokenizer is not None:
-                files["tokenizer.json"] = config.calibration.tokenizer
-        tokenizer = "tokenizer.json" if "tokenizer.json" in files else None
-        with progress.stage("verify") as say, _rehearsal(files, manifest_of(loaded, lowered, streamed), place) as onnx:
-            say("feeding the graphs in every cut")
-            verify.check_session(onnx, streamed, few)
-            say(f"measuring on {heldout.shape[:2].numel()} held-out positions")
-            stages = verify.fidelity(
-                loaded.module,
-                {"captured": captured, "distilled": distilled.program, "streamed": streamed, "onnx": onnx},
-                heldout,
-            )
-        with progress.stage("package"):
-            sizes = {name: size_of(file) for name, file in files.items()}
-            searched = config.distill.rise if distilled.trials else None
-            report = report_of(
-                loaded, lowered, streamed, distilled, stages, graph, searched, sizes, progress.timings, command,
-                sequences.source,
-            )  # fmt: skip
-            files["report.json"] = report.model_dump_json(indent=1).encode()
-            files["report.html"] = render_report(report).encode()
-            manifest = manifest_of(loaded, lowered, streamed, report.layers, stages, progress.timings, tokenizer)
-            package(config.package.output, files, manifest, force=config.package.force)
-    return report
+    with progress.stage("lower"):
+        targets = [lower(streamed, target) for target in config.lower.target]
+        graph, *_ = [check_graphs(lowered, streamed.signal) for lowered in targets]
+        files = graph_files(targets, place)
+        if config.calibration.tokenizer is not None:
+            files["tokenizer.json"] = config.calibration.tokenizer
+    with progress.stage("compare") as say:
+        say(f"on {heldout.shape[:2].numel()} held-out positions")
+        reference = verify.Reference(loaded.module, heldout, place / "reference")
+        programs = {"captured": captured, "distilled": distilled.program, "streamed": streamed}
+        stages = verify.fidelity(reference, programs)
+        expected = verify.fed(streamed, few)
+    report = report_of(
+        loaded, targets[0], streamed, distilled, stages, graph, config.distill.rise, command, sequences.source
+    )
+    manifest = manifest_of(loaded, targets, streamed, report.layers, "tokenizer.json" in files)
+    rows = {lowered.target: lowered.batch for lowered in targets}
+    return _Compiled(files, rows, manifest, report, expected, reference)
+
+
+def _measure(compiled: _Compiled, place: Path, say: Callable[[str], None]) -> list[StageFidelity]:
+    """The figures of every stage; graphs are tried in a directory, driven as users will drive them.
+
+    Those of the graphs come last, target by target, and that of the first target at the very end.
+    """
+    directory = package(place / "rehearsal", compiled.files, compiled.manifest, force=False)
+    stages = list(compiled.report.stages)
+    first = next(iter(compiled.targets))
+    for target, rows in reversed(compiled.targets.items()):
+        onnx = verify.SessionModel(partial(_open, directory, target), rows)
+        say(f"feeding the graphs for {target} in every cut")
+        verify.check_session(onnx, compiled.expected)
+        say("measuring on the held-out positions")
+        name = "onnx" if target == first else f"onnx, {target}"
+        stages += verify.fidelity(compiled.reference, {name: onnx})[1:]
+    return stages
+
+
+def _open(directory: Path, target: str, batch: int) -> Session:
+    return Session.load(directory, target=target, batch=batch, verify=False, share_weights=True)
 
 
 def _probe(program: Program) -> torch.Tensor:
@@ -137,10 +187,3 @@ def _stand_in(recognized: Program) -> Program:
         return streamify(distill(recognized, SAMPLING, None).program, SAMPLED_LENGTH)
     except DistillError:  # its filters have no stable system: --exact keeps them, and so does the sampling
         return streamify(recognized, SAMPLED_LENGTH)
-
-
-@contextmanager
-def _rehearsal(files: dict[str, Source], manifest: Manifest, place: Path) -> Iterator[verify.SessionModel]:
-    """The graphs in a directory of their own in `place`, driven by the runtime as users will drive them."""
-    directory = package(place / "rehearsal", files, manifest, force=False)
-    yield verify.SessionModel(lambda batch: Session.load(directory, batch=batch, verify=False))

@@ -22,7 +22,6 @@ from models import (
 )
 
 from lhcompile.artifacts import Lowered, Program
-from lhcompile.config import LowerConfig
 from lhcompile.lower import lower
 from lhcompile.streamify import streamify
 
@@ -55,7 +54,7 @@ def built() -> Callable[[str, str], Built]:
             if form != "exact":
                 program = with_modal(program, orders=ORDERS if form == "packed" else None)
             streamed = streamify(program)
-            made[name, form] = Built(streamed, lower(streamed, LowerConfig(target="portable")))
+            made[name, form] = Built(streamed, lower(streamed, "portable"))
         return made[name, form]
 
     return get

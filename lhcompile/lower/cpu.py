@@ -8,4 +8,6 @@ from __future__ import annotations
 
 from lhcompile.lower.portable import Prefill, Step
 
-__all__ = ["Prefill", "Step"]
+__all__ = ["BATCH", "Prefill", "Step"]
+
+BATCH: int | None = None

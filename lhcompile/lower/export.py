@@ -29,9 +29,11 @@ _VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
 _RESHAPES = {*_VIEWS, aten.expand.default}
 
 
-def export_onnx(program: Program, lowering: type[Lowering], one_token: bool) -> ir.Model:
-    """One graph of `program`: for a single token, or for any number of them."""
-    exported, arguments = _retrace(program, one_token)
+def export_onnx(
+    program: Program, lowering: type[Lowering], one_token: bool, batch: int | None = None
+) -> ir.Model:
+    """One graph of `program`: for a single token, or for any number of them; for `batch` rows, any number if None."""
+    exported, arguments = _retrace(program, one_token, batch)
     weights = {
         spec.arg.name: _weight(exported, spec.target)
         for spec in exported.graph_signature.input_specs
@@ -56,14 +58,16 @@ def export_onnx(program: Program, lowering: type[Lowering], one_token: bool) -> 
     return _finish(onnx_program.model, one_token)
 
 
-def _retrace(program: Program, one_token: bool) -> tuple[ExportedProgram, tuple[torch.Tensor, ...]]:
-    """Export the program with batch (and seq, unless it is one) dynamic."""
-    batch = Dim("batch", min=1)
+def _retrace(
+    program: Program, one_token: bool, batch: int | None
+) -> tuple[ExportedProgram, tuple[torch.Tensor, ...]]:
+    """Export the program with batch (unless it is given) and seq (unless it is one) dynamic."""
     time = 1 if one_token else 7
-    ids = program.signal.constant(2, time)
-    arguments = (ids, *program.start(2))
-    dynamic = tuple({0: batch} for _ in program.states)
-    ids_dynamic: dict[int, Any] = {0: batch} if one_token else {0: batch, 1: Dim("seq", min=1)}
+    ids = program.signal.constant(batch or 2, time)
+    arguments = (ids, *program.start(batch or 2))
+    rows: dict[int, Any] = {} if batch else {0: Dim("batch", min=1)}
+    dynamic = tuple(dict(rows) for _ in program.states)
+    ids_dynamic = rows if one_token else rows | {1: Dim("seq", min=1)}
     module = _simplified(program.graph, one_token)
     try:
         with torch.no_grad(), _quiet():
@@ -132,6 +136,8 @@ def _finish(model: ir.Model, one_token: bool) -> ir.Model:
     model.metadata_props.clear()
     for value in _values(model.graph):
         value.metadata_props.clear()
+    for value in set(getattr(model.graph.inputs, "_ref_counter", ())) - set(_values(model.graph)):
+        value.const_value = None  # rules of the exporter keep the graph, whose inputs weights once were
     model.graph.name = "step" if one_token else "prefill"
     return model
 

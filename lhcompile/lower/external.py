@@ -6,12 +6,13 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import onnx_ir as ir
 
-__all__ = ["WEIGHTS_NAME", "write_graphs"]
+__all__ = ["WEIGHTS_NAME", "WeightPlace", "weight_places", "write_graphs"]
 
 WEIGHTS_NAME = "weights.bin"
 MOST_INLINE = 1_500_000_000
@@ -22,25 +23,35 @@ PAGE = 4096
 """Offsets are multiples of it, so that a runtime can map a tensor where it lies."""
 
 
-def write_graphs(models: dict[str, ir.Model], directory: Path) -> list[Path]:
+def write_graphs(models: dict[str, ir.Model], directory: Path, shared: bool = False) -> list[Path]:
     """Writes each model under its name, through to the device; returns the paths of all files written.
 
-    Where the weights of one model exceed `MOST_INLINE`, those of all go to weights.bin as ONNX external data, and
-    models that hold the same tensor refer to the same place. One tensor at a time is copied; the models stay as they
-    are. Raises OSError when a file exists or cannot be written.
+    Where they are to be `shared`, or the weights of one model exceed `MOST_INLINE`, those of all go to weights.bin as
+    ONNX external data, and models that hold the same tensor refer to the same place. One tensor at a time is copied;
+    afterwards the models refer to the file as well and hold the weights no longer.
+    Raises OSError when a file exists or cannot be written.
     """
     paths = [directory / name for name in models]
-    if max(map(_weight_bytes, models.values())) <= MOST_INLINE:
+    if not shared and max(map(_weight_bytes, models.values())) <= MOST_INLINE:
         for path, model in zip(paths, models.values(), strict=True):
             _write(path, model)
         return paths
-    shared = directory / WEIGHTS_NAME
-    with _created(shared) as stream:
+    beside = directory / WEIGHTS_NAME
+    with _created(beside) as stream:
         weights = _Weights(stream)
         for path, model in zip(paths, models.values(), strict=True):
-            with weights.hold(model):
-                _write(path, model)
-    return [*paths, shared]
+            weights.take(model)
+            _write(path, model)
+    return [*paths, beside]
+
+
+@dataclass(frozen=True)
+class WeightPlace:
+    """One tensor in weights.bin: its first byte, the name of its dtype, its shape."""
+
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class _Weights:
@@ -50,17 +61,11 @@ class _Weights:
         self._stream = stream
         self._offsets: dict[bytes, int] = {}
 
-    @contextmanager
-    def hold(self, model: ir.Model) -> Iterator[None]:
-        """Writes the model's weights; inside the block its initializers refer to the file."""
-        large = [(value, tensor) for value, tensor in _initializers(model) if tensor.nbytes >= SMALL]
-        try:
-            for value, tensor in large:
+    def take(self, model: ir.Model) -> None:
+        """Writes the model's weights; its initializers refer to the file from then on."""
+        for value, tensor in _initializers(model):
+            if tensor.nbytes >= SMALL:
                 value.const_value = self._external(value, tensor)
-            yield
-        finally:
-            for value, tensor in large:
-                value.const_value = tensor
 
     def _external(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
         data = tensor.tobytes()
@@ -72,6 +77,15 @@ class _Weights:
         assert value.name is not None
         place = (WEIGHTS_NAME, self._offsets[key], len(data))
         return ir.ExternalTensor(*place, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name)
+
+
+def weight_places(model: ir.Model) -> dict[str, WeightPlace]:
+    """Where the initializers of a model that was written lie outside of it, by name."""
+    return {
+        str(value.name): WeightPlace(tensor.offset or 0, tensor.dtype.numpy().name, tuple(tensor.shape.numpy()))
+        for value, tensor in _initializers(model)
+        if isinstance(tensor, ir.ExternalTensor)
+    }
 
 
 def _initializers(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:

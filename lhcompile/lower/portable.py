@@ -22,9 +22,10 @@ from lhcompile.lower import attention
 from lhcompile.lower.tables import chunk_tables, packing
 from lhcompile.ssm import RealModal, partners
 
-__all__ = ["OPSET", "Lowering", "Prefill", "Step"]
+__all__ = ["BATCH", "OPSET", "Lowering", "Prefill", "Step"]
 
 OPSET = 20
+BATCH: int | None = None
 _END = 2**63 - 1
 Value = Any  # a value of the graph being traced
 op: Any = opset20

@@ -19,6 +19,7 @@ __all__ = [
     "FORMAT_VERSION",
     "MANIFEST_NAME",
     "Distillation",
+    "ExternalWeights",
     "FeatureFidelity",
     "FileEntry",
     "Graph",
@@ -31,6 +32,7 @@ __all__ = [
     "State",
     "TokenFidelity",
     "Tokenizer",
+    "Weight",
     "inside",
     "read_manifest",
 ]
@@ -53,6 +55,7 @@ def inside(name: str) -> str:
     return name
 
 
+Target = Literal["portable", "cpu", "cuda", "web", "mcu"]
 FileName = Annotated[str, AfterValidator(inside)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -80,10 +83,26 @@ class Tokenizer(_Part):
     file: FileName | None = None
 
 
-class Graph(_Part):
-    """One ONNX file."""
+class Weight(_Part):
+    """One tensor in a file of weights: its first byte, its dtype by numpy's name, its shape."""
+
+    offset: Count
+    dtype: Name
+    shape: list[Count]
+
+
+class ExternalWeights(_Part):
+    """The initializers of a graph that lie in a file beside it, by name; a runtime may map them once for all graphs."""
 
     file: FileName
+    tensors: dict[Name, Weight]
+
+
+class Graph(_Part):
+    """One ONNX file, and its weights where they lie in another."""
+
+    file: FileName
+    weights: ExternalWeights | None = None
 
 
 class Graphs(_Part):
@@ -170,15 +189,20 @@ class FileEntry(_Part):
 
 
 class Manifest(_Part):
-    """The whole of manifest.json. `files` is empty until the directory is written (`write.package`)."""
+    """The whole of manifest.json.
+
+    graphs: those of `target`; variants: those of other targets, with the same states
+    files: empty until the directory is written (`write.package`)
+    """
 
     format: Literal["lhcompile"] = FORMAT
     format_version: Literal[1] = FORMAT_VERSION
     lhcompile_version: Name
-    target: Literal["portable", "cpu", "cuda", "web", "mcu"]
+    target: Target
     model: ModelInfo
     tokenizer: Tokenizer | None = None
     graphs: Graphs
+    variants: dict[Target, Graphs] | None = None
     inputs: Inputs
     outputs: Outputs
     states: list[State]
@@ -213,7 +237,10 @@ class Manifest(_Part):
     @property
     def named_files(self) -> list[str]:
         """The files that other parts of the manifest refer to."""
-        named = [self.graphs.step.file, self.graphs.prefill.file]
+        pairs = (self.graphs, *(self.variants or {}).values())
+        graphs = [graph for pair in pairs for graph in (pair.step, pair.prefill)]
+        named = [graph.file for graph in graphs]
+        named += sorted({graph.weights.file for graph in graphs if graph.weights is not None})
         if self.tokenizer is not None and self.tokenizer.file is not None:
             named.append(self.tokenizer.file)
         return named

@@ -5,7 +5,8 @@ Parity means the whole sequence against every way of cutting it, outputs and fin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lhcompile.artifacts import Program
 from lhcompile.errors import ParityError
-from lhcompile.measure import Agreement, Deviation, Model, compare
+from lhcompile.measure import Agreement, Deviation, Model, Reference, compare
 from lhcompile.parallel import one_thread
 from lhcompile.verify.budgets import CAPTURED, ONNX, RECOGNIZED, STREAMED, Tolerance
 from lhcompile.verify.model import StageFidelity
@@ -24,12 +25,15 @@ __all__ = [
     "ONNX",
     "RECOGNIZED",
     "STREAMED",
+    "Fed",
+    "Reference",
     "SessionModel",
     "assert_close",
     "check_cuts",
     "check_session",
     "check_stage",
     "check_streamed",
+    "fed",
     "fidelity",
 ]
 
@@ -103,14 +107,25 @@ def _describe(cuts: Sequence[int]) -> str:
     return f"in {len(cuts)} pieces ({', '.join(map(str, cuts[:5]))}{', …' * (len(cuts) > 5)})"
 
 
+@dataclass(frozen=True)
+class Fed:
+    """What comes of feeding tokens [rows, time]: logits [rows, time, vocab], and every state at the end by name."""
+
+    tokens: Tensor
+    logits: Tensor
+    states: dict[str, Tensor]
+
+
 class SessionModel:
     """A built directory as a Model: tokens or features to logits or values, from zero states.
 
-    One session is open at a time, since each holds the weights of both graphs.
+    load: a session for so many rows; one is open at a time, since each may hold the weights of both graphs
+    rows: how many the graphs are for, None for any number
     """
 
-    def __init__(self, load: Callable[[int], Session]) -> None:
+    def __init__(self, load: Callable[[int], Session], rows: int | None = None) -> None:
         self._load = load
+        self._rows = rows
         self._session: Session | None = None
 
     def session(self, batch: int) -> Session:
@@ -122,16 +137,41 @@ class SessionModel:
         return self._session
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        return torch.from_numpy(np.array(self.session(len(tokens)).prefill(tokens.numpy())))
+        return self.feed(tokens, [tokens.shape[1]]).logits
+
+    def feed(self, tokens: Tensor, cuts: Sequence[int]) -> Fed:
+        """Logits and final states after feeding tokens [rows, time] in pieces of these lengths."""
+        parts = [self._feed(rows, cuts) for rows in tokens.split(self._rows or len(tokens))]
+        states = {name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states}
+        return Fed(tokens, torch.cat([part.logits for part in parts]), states)
+
+    def _feed(self, tokens: Tensor, cuts: Sequence[int]) -> Fed:
+        session = self.session(len(tokens))
+        pieces = tokens.split([cut for cut in cuts if cut], dim=1)
+        logits = [torch.from_numpy(np.array(session.prefill(piece.numpy()))) for piece in pieces]
+        states = {name: torch.from_numpy(np.array(value)) for name, value in session.states().items()}
+        return Fed(tokens, torch.cat(logits, 1), states)
 
 
-def check_session(model: SessionModel, program: Program, tokens: Tensor) -> None:
-    """The ONNX graphs against the streamed torch program, whole and in cuts: logits and final states."""
-    zero = program.start(len(tokens))
-    with torch.no_grad():
-        logits, *final = program.graph(tokens, *zero)
-    states = dict(zip((state.name for state in program.states), final, strict=True))
-    _check_cuts(model, tokens, logits, states)
+@torch.no_grad()
+def fed(program: Program, tokens: Tensor) -> Fed:
+    """A streamed torch program fed whole, from zero states."""
+    logits, *final = program.graph(tokens, *program.start(len(tokens)))
+    return Fed(tokens, logits, dict(zip((state.name for state in program.states), final, strict=True)))
+
+
+def check_session(model: SessionModel, expected: Fed) -> int:
+    """The ONNX graphs against what is expected, fed whole and in cuts: logits and final states.
+
+    Returns the number of ways the tokens were cut.
+    """
+    ways = [[expected.tokens.shape[1]], *cuts_of(expected.tokens.shape[1])]
+    for cuts in ways:
+        found = model.feed(expected.tokens, cuts)
+        assert_close(found.logits, expected.logits, ONNX, f"{_said(expected.tokens)} fed {_describe(cuts)}")
+        for name, state in expected.states.items():
+            assert_close(found.states[name], state, ONNX, f"state {name} after feeding {_describe(cuts)}")
+    return len(ways)
 
 
 def check_cuts(model: SessionModel, tokens: Tensor) -> int:
@@ -139,31 +179,12 @@ def check_cuts(model: SessionModel, tokens: Tensor) -> int:
 
     Returns the number of ways.
     """
-    return _check_cuts(model, tokens, *_feed(model, tokens, [tokens.shape[1]]))
+    return check_session(model, model.feed(tokens, [tokens.shape[1]]))
 
 
-def _check_cuts(model: SessionModel, tokens: Tensor, logits: Tensor, states: dict[str, Tensor]) -> int:
-    ways = [[tokens.shape[1]], *cuts_of(tokens.shape[1])]
-    for cuts in ways:
-        found, finals = _feed(model, tokens, cuts)
-        assert_close(found, logits, ONNX, f"{_said(tokens)} fed {_describe(cuts)}")
-        for name, expected in states.items():
-            assert_close(finals[name], expected, ONNX, f"state {name} after feeding {_describe(cuts)}")
-    return len(ways)
-
-
-def _feed(model: SessionModel, tokens: Tensor, cuts: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits [rows, time, vocab] and final states after feeding tokens in pieces of these lengths."""
-    session = model.session(len(tokens))
-    pieces = tokens.split([cut for cut in cuts if cut], dim=1)
-    logits = [torch.from_numpy(np.array(session.prefill(piece.numpy()))) for piece in pieces]
-    states = {name: torch.from_numpy(np.array(value)) for name, value in session.states().items()}
-    return torch.cat(logits, 1), states
-
-
-def fidelity(reference: Model, stages: dict[str, Model], inputs: Tensor) -> list[StageFidelity]:
-    """The reference and every stage on held-out sequences [sequences, time, …], as they stand in the report."""
-    return [_stage(name, result) for name, result in compare(reference, stages, inputs).items()]
+def fidelity(reference: Reference, stages: Mapping[str, Model]) -> list[StageFidelity]:
+    """The reference and every stage on the reference's inputs, as they stand in the report."""
+    return [_stage(name, result) for name, result in compare(reference, stages).items()]
 
 
 def _stage(name: str, result: Agreement | Deviation) -> StageFidelity:

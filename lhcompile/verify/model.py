@@ -224,6 +224,14 @@ class Report(_Part):
         first, last = self.stages[0].loss, self.stages[-1].loss
         return None if first is None or last is None or first == 0 else (last - first) / abs(first)
 
+    def measured(self, stages: list[StageFidelity], files: dict[str, int], timings: dict[str, float]) -> Report:
+        """The same with the figures of every stage, the graphs' included; what was measured of the budget is theirs."""
+        seconds = {name: round(value, 3) for name, value in timings.items()}
+        report = self.model_copy(update={"stages": stages, "files": files, "timings": seconds})
+        rise = report.loss_rise if stages[-1].relative_error is None else stages[-1].relative_error
+        budget = self.budget and self.budget.model_copy(update={"measured": rise})
+        return report.model_copy(update={"budget": budget})
+
     @property
     def order_mean(self) -> float | None:
         """Mean order over the filters that were made modal; None if there are none."""

@@ -24,7 +24,7 @@ from torch import nn
 
 from lhcompile.load.safari import HyenaLM
 
-STAGES = ["load", "capture", "recognize", "calibrate", "distill", "streamify", "lower", "verify", "package"]
+STAGES = ["load", "capture", "recognize", "calibrate", "distill", "streamify", "lower", "compare", "verify", "package"]
 WRITTEN = {"manifest.json", "prefill.onnx", "report.html", "report.json", "step.onnx"}
 TOLERANCE = 1e-3
 """Largest |Δlogit| an exact build may have, at logits of unit scale."""

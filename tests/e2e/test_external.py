@@ -119,3 +119,32 @@ def test_damaged_weights_are_named(beside: Path, tmp_path: Path, damage: object,
     refused(run("verify", out), f"weights.bin {message}")
     with pytest.raises(FormatError, match=r"weights\.bin: (sha256 is|has)"):
         Session.load(out)
+
+
+def test_both_graphs_read_mapped_weights_in_one_place(beside: Path) -> None:
+    ids = np.random.default_rng(1).integers(0, VOCAB, (2, 20))
+    own, mapped = (Session.load(beside, batch=2, share_weights=shared) for shared in (False, True))
+    np.testing.assert_allclose(mapped.prefill(ids), own.prefill(ids), atol=1e-5)
+    np.testing.assert_allclose(mapped.step(ids[:, 0]), own.step(ids[:, 0]), atol=1e-5)
+    model = mapped._model
+    listed = {name for graph in model.manifest.graphs["cpu"].__dict__.values() for name in graph.weights}
+    assert 0 < len(model.weights) < 2 * len(listed)
+    assert sum(weight.shape().count(VOCAB) for weight in model.weights) == 2  # the embedding and the head, each once
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offset": -4}, r"graphs\.step\.weights\.tensors\..*\.offset and shape are -4 and"),
+        ({"offset": 10**9}, "offset is 1000000000: the tensor ends behind the end of weights.bin"),
+        ({"dtype": "float31"}, "dtype is 'float31', expected one of float32"),
+        ({"shape": "all"}, "shape is 'all', expected a list"),
+    ],
+)
+def test_wrong_places_are_said(beside: Path, tmp_path: Path, change: dict[str, object], message: str) -> None:
+    copy = Path(shutil.copytree(beside, tmp_path / "copy"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    next(iter(manifest["graphs"]["step"]["weights"]["tensors"].values())).update(change)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match=message):
+        Session.load(copy)

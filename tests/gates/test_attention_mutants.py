@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from lhcompile.artifacts import Lowered, Program
 from lhcompile.errors import ParityError
-from lhcompile.verify import SessionModel, check_session, check_streamed
+from lhcompile.verify import SessionModel, check_session, check_streamed, fed
 
 FEEDS = {"ones": [1] * CONTEXT, "odd": [3, 1, 1, 20]}
 aten, lhc = torch.ops.aten, torch.ops.lhc
@@ -256,7 +256,7 @@ def test_right_graphs_pass(right: tuple[Program, Lowered], tmp_path: Path) -> No
 
 def builds_gate(program: Program, lowered: Lowered, folder: Path) -> None:
     directory = write_directory(program, lowered, folder / "out")
-    check_session(SessionModel(lambda batch: Session.load(directory, batch=batch, threads=1)), program, tokens())
+    check_session(SessionModel(lambda batch: Session.load(directory, batch=batch, threads=1)), fed(program, tokens()))
 
 
 @pytest.mark.parametrize(("graph", "edit"), GRAPHS, ids=lambda part: getattr(part, "__name__", part))

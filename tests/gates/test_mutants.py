@@ -26,7 +26,7 @@ from lhcompile.artifacts import Lowered, Program
 from lhcompile.errors import ParityError
 from lhcompile.lower.export import export_onnx
 from lhcompile.lower.portable import Prefill, Step
-from lhcompile.verify import SessionModel, check_session, check_streamed
+from lhcompile.verify import SessionModel, check_session, check_streamed, fed
 
 FEEDS = {"whole": [], "ones": [1] * 100, "odd": [3, 33, 1, 1, 40]}
 MUTANTS: dict[str, Callable[[Program], None]] = {}
@@ -385,7 +385,7 @@ def gate(lowered: Lowered, program: Program) -> None:
 
 def builds_gate(lowered: Lowered, program: Program, folder: Path) -> None:
     directory = write_directory(program, lowered, folder / "out")
-    check_session(SessionModel(lambda batch: Session.load(directory, batch=batch, threads=1)), program, tokens())
+    check_session(SessionModel(lambda batch: Session.load(directory, batch=batch, threads=1)), fed(program, tokens()))
 
 
 @pytest.mark.parametrize("form", ["modal", "packed"])

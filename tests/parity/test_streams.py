@@ -15,7 +15,6 @@ from streams import Stream, assert_parity, onnx_stream, torch_stream
 from torch import Tensor
 
 from lhcompile.artifacts import Program
-from lhcompile.config import LowerConfig
 from lhcompile.lower import lower
 from lhcompile.streamify import streamify
 
@@ -82,7 +81,7 @@ def test_onnx_prefill_takes_single_tokens(case: tuple[Program, Stream, Stream], 
 def test_packed_states_of_any_orders(orders: list[int]) -> None:
     """A layer without any state, real poles alone, and filters of one order beside filters without."""
     streamed = streamify(with_modal(program_of(Hyena, HeadsOutermost), orders=orders))
-    stream = onnx_stream(lower(streamed, LowerConfig(target="portable")))
+    stream = onnx_stream(lower(streamed, "portable"))
     for cuts in ([1] * 40, [33], [3, 35]):
         assert_parity(stream, torch_stream(streamed), streamed.states, tokens(2, 40), cuts)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from lhcompile.measure import Agreement, Deviation, Model, compare, divergences, loss
+from lhcompile.measure import Agreement, Deviation, Model, Reference, compare, divergences, loss
 
 P = [0.7, 0.2, 0.1]
 Q = [0.05, 0.9, 0.05]
@@ -30,11 +31,11 @@ def test_loss_is_the_mean_cross_entropy_of_all_but_the_first_token() -> None:
     assert loss(always(P), TOKENS) == pytest.approx(-sum(math.log(P[t]) for t in predicted) / 6, rel=1e-6)
 
 
-def test_divergence_is_taken_from_the_reference_and_is_not_symmetric() -> None:
+def test_divergence_is_taken_from_the_reference_and_is_not_symmetric(tmp_path: Path) -> None:
     forwards = sum(p * math.log(p / q) for p, q in zip(P, Q, strict=True))
     backwards = sum(q * math.log(q / p) for p, q in zip(P, Q, strict=True))
     assert abs(forwards - backwards) > 0.01
-    found = compare(always(P), {"other": always(Q)}, TOKENS)["other"]
+    found = compare(Reference(always(P), TOKENS, tmp_path / "r"), {"other": always(Q)})["other"]
     assert isinstance(found, Agreement)
     assert found.kl_mean == pytest.approx(forwards, rel=1e-6)
     assert found.tokens == 6
@@ -43,21 +44,21 @@ def test_divergence_is_taken_from_the_reference_and_is_not_symmetric() -> None:
     assert found.max_logit_difference == pytest.approx(expected, rel=1e-5)
 
 
-def test_agreement_counts_positions_with_the_same_most_likely_token() -> None:
+def test_agreement_counts_positions_with_the_same_most_likely_token(tmp_path: Path) -> None:
     def half(tokens: Tensor) -> Tensor:
         """Like P in the first half of the positions, like Q in the rest."""
         logits = always(P)(tokens).clone()
         logits[:, tokens.shape[1] // 2 :] = always(Q)(tokens)[:, tokens.shape[1] // 2 :]
         return logits
 
-    found = compare(always(P), {"half": half, "never": always(Q)}, TOKENS)
+    found = compare(Reference(always(P), TOKENS, tmp_path / "r"), {"half": half, "never": always(Q)})
     assert found["half"].top1_agreement == 0.5
     assert found["never"].top1_agreement == 0.0
     assert found["reference"].top1_agreement == 1.0
     assert found["reference"].kl_mean == pytest.approx(0.0, abs=1e-12)
 
 
-def test_features_are_measured_by_the_error_of_the_values() -> None:
+def test_features_are_measured_by_the_error_of_the_values(tmp_path: Path) -> None:
     features = torch.randn(20, 7, 3, generator=torch.Generator().manual_seed(0))  # more than one slice
 
     def source(rows: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def test_features_are_measured_by_the_error_of_the_values() -> None:
     def wrong(rows: Tensor) -> Tensor:
         return source(rows) * torch.tensor([1.0, 1.1])
 
-    found = compare(source, {"wrong": wrong}, features)
+    found = compare(Reference(source, features, tmp_path / "r"), {"wrong": wrong})
     truth = source(features)
     error = 0.1 * truth[..., 1]
     assert found["wrong"] == Deviation(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +15,20 @@ import numpy as np
 
 from lhruntime.errors import FormatError
 
-__all__ = ["FORMAT_VERSION", "FileRecord", "Manifest", "StateSpec", "check_files", "read_manifest"]
+__all__ = [
+    "FORMAT_VERSION",
+    "FileRecord",
+    "GraphPair",
+    "GraphSpec",
+    "Manifest",
+    "StateSpec",
+    "WeightSpec",
+    "check_files",
+    "read_manifest",
+]
 
 FORMAT_VERSION = 1
-STATE_DTYPES = ("float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+DTYPES = ("float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
 _KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}
 
 
@@ -49,11 +60,38 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class WeightSpec:
+    """One tensor in a file of weights."""
+
+    file: str
+    offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file, and where those of its initializers lie that are not in it."""
+
+    file: str
+    weights: Mapping[str, WeightSpec]
+
+
+@dataclass(frozen=True)
+class GraphPair:
+    """The graphs of one target; the same where it has one graph, of one position."""
+
+    step: GraphSpec
+    prefill: GraphSpec
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The part of manifest.json that running a model needs.
 
     features is True for a model of continuous signals: its input is float32 [batch, seq, channels] and
     vocab_size is None. Otherwise the input is int64 [batch, seq] of ids below vocab_size.
+    target is the one that is run if no other is asked for; graphs holds those of every target.
     """
 
     directory: Path
@@ -62,8 +100,8 @@ class Manifest:
     features: bool
     input: str
     output: str
-    step_file: str
-    prefill_file: str
+    target: str
+    graphs: Mapping[str, GraphPair]
     states: tuple[StateSpec, ...]
     tokenizer: Mapping[str, Any]
     files: Mapping[str, FileRecord]
@@ -95,7 +133,8 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     model = _get(raw, "model", dict)
     input_name, features = _signal(raw)
     files = _files(_get(raw, "files", dict))
-    graphs = _get(raw, "graphs", dict)
+    graphs, target = _get(raw, "graphs", dict), _get(raw, "target", str)
+    variants = _get(raw, "variants", dict) if "variants" in raw else {}
     tokenizer = _get(raw, "tokenizer", dict) if "tokenizer" in raw else {"kind": "none"}
     _get(tokenizer, "kind", str, "tokenizer.")
     return Manifest(
@@ -105,8 +144,9 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         features=features,
         input=input_name,
         output=_get(_get(raw, "outputs", dict), "values" if features else "logits", str, "outputs."),
-        step_file=_graph_file(graphs, "step", files),
-        prefill_file=_graph_file(graphs, "prefill", files),
+        target=target,
+        graphs={target: _pair(graphs, "graphs.", files)}
+        | {key: _pair(_get(variants, key, dict, "variants."), f"variants.{key}.", files) for key in variants},
         states=_states(_get(raw, "states", list)),
         tokenizer=tokenizer,
         files=files,
@@ -178,11 +218,45 @@ def _files(raw: Mapping[str, Any]) -> dict[str, FileRecord]:
     return files
 
 
-def _graph_file(graphs: Mapping[str, Any], kind: str, files: Mapping[str, FileRecord]) -> str:
-    name: str = _get(_get(graphs, kind, dict, "graphs."), "file", str, f"graphs.{kind}.")
+def _pair(graphs: Mapping[str, Any], where: str, files: Mapping[str, FileRecord]) -> GraphPair:
+    return GraphPair(*(_graph(graphs, kind, where, files) for kind in ("step", "prefill")))
+
+
+def _graph(graphs: Mapping[str, Any], kind: str, where: str, files: Mapping[str, FileRecord]) -> GraphSpec:
+    raw = _get(graphs, kind, dict, where)
+    where = f"{where}{kind}."
+    name = _listed(raw, where, files)
+    if "weights" not in raw:
+        return GraphSpec(name, {})
+    outside = _get(raw, "weights", dict, where)
+    where += "weights."
+    file = _listed(outside, where, files)
+    tensors = _get(outside, "tensors", dict, where)
+    return GraphSpec(name, {key: _weight(tensors, key, f"{where}tensors.", file, files) for key in tensors})
+
+
+def _listed(raw: Mapping[str, Any], where: str, files: Mapping[str, FileRecord]) -> str:
+    name: str = _get(raw, "file", str, where)
     if name not in files:
-        raise FormatError(f"manifest.json: graphs.{kind}.file is {name!r}, which files does not list")
+        raise FormatError(f"manifest.json: {where}file is {name!r}, which files does not list")
     return name
+
+
+def _weight(
+    raw: Mapping[str, Any], key: str, where: str, file: str, files: Mapping[str, FileRecord]
+) -> WeightSpec:
+    entry = _get(raw, key, dict, where)
+    where = f"{where}{key}."
+    offset, shape = _get(entry, "offset", int, where), _get(entry, "shape", list, where)
+    if offset < 0 or not all(type(size) is int and size >= 0 for size in shape):
+        raise FormatError(f"manifest.json: {where}offset and shape are {offset} and {shape}, expected sizes")
+    name = _get(entry, "dtype", str, where)
+    if name not in DTYPES:
+        raise FormatError(f"manifest.json: {where}dtype is {name!r}, expected one of {', '.join(DTYPES)}")
+    dtype = np.dtype(name)
+    if offset + dtype.itemsize * math.prod(shape) > files[file].bytes:
+        raise FormatError(f"manifest.json: {where}offset is {offset}: the tensor ends behind the end of {file}")
+    return WeightSpec(file, offset, dtype, tuple(shape))
 
 
 def _states(raw: list[Any]) -> tuple[StateSpec, ...]:
@@ -203,8 +277,8 @@ def _state(raw: Any, where: str) -> StateSpec:
     if len(shape) - len(sizes) > 1 or not all(type(size) is int and size >= 0 for size in sizes):
         raise FormatError(f"manifest.json: {where}.shape is {list(shape)}, expected sizes and one 'batch'")
     dtype = _get(raw, "dtype", str, f"{where}.")
-    if dtype not in STATE_DTYPES:
-        known = ", ".join(STATE_DTYPES)
+    if dtype not in DTYPES:
+        known = ", ".join(DTYPES)
         raise FormatError(f"manifest.json: {where}.dtype is {dtype!r}, expected one of {known}")
     names = (_get(raw, "input", str, f"{where}."), _get(raw, "output", str, f"{where}."))
     capacity = _positive(raw, "capacity", f"{where}.") if "capacity" in raw else None

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from lhruntime.errors import ArgumentError, FormatError
-from lhruntime.manifest import Manifest, StateSpec
+from lhruntime.manifest import GraphPair, GraphSpec, Manifest, StateSpec, WeightSpec
 
 __all__ = ["LoadedModel", "load_model"]
 
@@ -39,7 +39,9 @@ class LoadedModel:
 
     input_dtype, input_tail: int64, () for tokens; float32, (channels,) for features
     output_dtype, width:     of the logits or values [batch, seq, width]
+    piece:                   positions that prefill takes in a call, None where any number will do
     device:                  where the states live, "cpu" or "cuda"
+    weights:                 what both graphs read from a mapped file; they do not hold it themselves
     """
 
     manifest: Manifest
@@ -50,25 +52,41 @@ class LoadedModel:
     input_tail: tuple[int, ...]
     output_dtype: np.dtype[Any]
     width: int
+    piece: int | None
     device: str
+    weights: tuple[ort.OrtValue, ...] = ()
 
 
 def load_model(
-    manifest: Manifest, *, batch: int, providers: Sequence[Provider] | None, threads: int | None
+    manifest: Manifest,
+    *,
+    target: str | None,
+    batch: int,
+    providers: Sequence[Provider] | None,
+    threads: int | None,
+    share_weights: bool = False,
 ) -> LoadedModel:
     """Open both graphs and compare them with the manifest.
+
+    target, share_weights: see Session.load
 
     Raises FormatError if a graph cannot be loaded or contradicts the manifest, ArgumentError for a
     provider or thread count that cannot be had.
     """
     chosen = _check_providers(providers)
-    options = _options(threads)
-    step = _open(manifest, manifest.step_file, options, chosen)
-    prefill = _open(manifest, manifest.prefill_file, options, chosen)
-    channels = _last_dim(step.get_inputs(), manifest.step_file) if manifest.features else None
-    width = manifest.vocab_size or _last_dim(step.get_outputs(), manifest.step_file)
-    for graph, file, seq in ((step, manifest.step_file, "one"), (prefill, manifest.prefill_file, "seq")):
-        _check_graph(graph, file, manifest, batch, seq, channels, width)
+    graphs = _graphs(manifest, target)
+    mapped: dict[WeightSpec, ort.OrtValue] = {}
+
+    def opened(graph: GraphSpec) -> ort.InferenceSession:
+        options = _options(threads, manifest, graph, mapped if share_weights else None)
+        return _open(manifest, graph.file, options, chosen)
+
+    step = opened(graphs.step)
+    prefill = step if graphs.prefill == graphs.step else opened(graphs.prefill)
+    channels = _last_dim(step.get_inputs(), graphs.step.file) if manifest.features else None
+    width = manifest.vocab_size or _last_dim(step.get_outputs(), graphs.step.file)
+    for session, file, seq in ((step, graphs.step.file, "one"), (prefill, graphs.prefill.file, "seq")):
+        _check_graph(session, file, manifest, batch, seq, channels, width)
     return LoadedModel(
         manifest=manifest,
         fingerprint=manifest.fingerprint,
@@ -76,10 +94,19 @@ def load_model(
         prefill=prefill,
         input_dtype=np.dtype(np.int64 if channels is None else np.float32),
         input_tail=() if channels is None else (channels,),
-        output_dtype=_output_dtype(manifest, step, prefill),
+        output_dtype=_output_dtype(manifest.output, graphs.prefill.file, step, prefill),
         width=width,
+        piece=piece if isinstance(piece := prefill.get_inputs()[0].shape[1], int) else None,
         device=_DEVICES.get(step.get_providers()[0], "cpu"),
+        weights=tuple(mapped.values()),
     )
+
+
+def _graphs(manifest: Manifest, target: str | None) -> GraphPair:
+    target = manifest.target if target is None else target
+    if target not in manifest.graphs:
+        raise ArgumentError(f"there are no graphs for {target!r} in it, only for {', '.join(manifest.graphs)}")
+    return manifest.graphs[target]
 
 
 def _check_providers(providers: Sequence[Provider] | None) -> list[Provider]:
@@ -95,14 +122,33 @@ def _check_providers(providers: Sequence[Provider] | None) -> list[Provider]:
     return chosen
 
 
-def _options(threads: int | None) -> ort.SessionOptions:
+def _options(
+    threads: int | None, manifest: Manifest, graph: GraphSpec, mapped: dict[WeightSpec, ort.OrtValue] | None
+) -> ort.SessionOptions:
+    """mapped: weights of this directory that are mapped already, to which the graph's are added; None for its own."""
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads is {threads}, expected at least 1")
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
+    if mapped is not None:
+        options.add_session_config_entry("session.disable_prepacking", "1")  # a packed copy would be the graph's own
+        for name, weight in graph.weights.items():
+            if weight not in mapped:
+                mapped[weight] = _map(manifest, weight)
+            options.add_initializer(name, mapped[weight])
     return options
+
+
+def _map(manifest: Manifest, weight: WeightSpec) -> ort.OrtValue:
+    """A tensor as it lies in its file, no copy of it."""
+    path = manifest.directory / weight.file
+    try:
+        array = np.memmap(path, weight.dtype, "r", weight.offset, weight.shape)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{weight.file}: cannot be mapped ({error})") from error
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def _open(
@@ -133,7 +179,7 @@ def _check_graph(
 ) -> None:
     """Names, order, dtypes and shapes; an output may leave sizes undeclared, an input may not.
 
-    seq is "seq" where any length must be accepted, "one" where one position is enough.
+    seq is "seq" for a graph of many positions, "one" for that of one.
     """
     states = manifest.states
     lead: tuple[Dim, ...] = ("batch", seq)
@@ -175,8 +221,8 @@ def _check_dim(where: str, found: Any, wanted: Dim, batch: int, declared: bool) 
         if fixed and found != batch:
             raise FormatError(f"{where} has the fixed batch {found}, this session asks for batch {batch}")
     elif wanted == "seq":
-        if fixed:
-            raise FormatError(f"{where} has the fixed length {found}, expected any length")
+        if fixed and found < 1:
+            raise FormatError(f"{where} has the fixed length {found}, expected at least 1")
     elif wanted == "one":
         if fixed and found != 1:
             raise FormatError(f"{where} has the fixed length {found}, expected 1")
@@ -195,9 +241,9 @@ def _last_dim(values: Sequence[ort.NodeArg], file: str) -> int:
 
 
 def _output_dtype(
-    manifest: Manifest, step: ort.InferenceSession, prefill: ort.InferenceSession
+    output: str, file: str, step: ort.InferenceSession, prefill: ort.InferenceSession
 ) -> np.dtype[Any]:
     first, second = (graph.get_outputs()[0].type for graph in (step, prefill))
     if first != second:
-        raise FormatError(f"{manifest.prefill_file}: {manifest.output} is {second}, in the step {first}")
+        raise FormatError(f"{file}: {output} is {second}, in the step {first}")
     return np.dtype(next(name for name, kind in _ORT_TYPES.items() if kind == first))

@@ -46,17 +46,23 @@ class Session:
         cls,
         directory: str | os.PathLike[str],
         *,
+        target: str | None = None,
         batch: int = 1,
         providers: Sequence[Provider] | None = None,
         threads: int | None = None,
         verify: bool = True,
+        share_weights: bool = False,
     ) -> Session:
         """Open a built directory with all states zero.
 
+        target:    the graphs to run, of those the directory was built with; the first if None
         batch:     how many streams run side by side
         providers: ONNX Runtime execution providers, the CPU if None; on CUDA the states stay on the device
         threads:   intra-op threads of each graph; ONNX Runtime decides if None
         verify:    compare size and sha256 of every listed file with the manifest first
+        share_weights: both graphs read weights that lie in a file of their own where they are mapped, one copy
+                   in memory, where otherwise each graph packs its own; a step takes longer (1.3 times, 125 million
+                   parameters). On the CPU only.
 
         Raises FormatError if the directory is incomplete, altered or contradicts its manifest,
         ArgumentError for an option that cannot be had.
@@ -65,7 +71,15 @@ class Session:
         manifest = read_manifest(directory)
         if verify:
             check_files(manifest)
-        return cls(load_model(manifest, batch=batch, providers=providers, threads=threads), batch)
+        model = load_model(
+            manifest,
+            target=target,
+            batch=batch,
+            providers=providers,
+            threads=threads,
+            share_weights=share_weights,
+        )
+        return cls(model, batch)
 
     @property
     def manifest(self) -> Manifest:
@@ -121,20 +135,28 @@ class Session:
         values = as_sequence(tokens, self._model, self._batch)
         length = values.shape[1]
         self._check_room(length)
-        pieces = (values[:, start : start + chunk] for start in range(0, length, chunk))
+        sizes = self._pieces(length, chunk)
         if last_only:
-            last = None
-            for piece in pieces:
-                last = self._consume(piece)[:, -1]
-            assert last is not None
+            start = 0
+            for size in sizes:
+                last = self._consume(values[:, start : start + size])[:, -1]
+                start += size
             return np.array(last, np.float32)
-        if length <= chunk:
+        if len(sizes) == 1:
             # the output of a single position is the runner's buffer, any other is already the caller's
             return self._consume(values).astype(np.float32, copy=length == 1)
-        result = np.empty((self._batch, length, self._model.width), np.float32)
-        for start, piece in zip(range(0, length, chunk), pieces, strict=True):
-            result[:, start : start + chunk] = self._consume(piece)
+        result, start = np.empty((self._batch, length, self._model.width), np.float32), 0
+        for size in sizes:
+            result[:, start : start + size] = self._consume(values[:, start : start + size])
+            start += size
         return result
+
+    def _pieces(self, length: int, chunk: int) -> list[int]:
+        """Sizes of the calls that consume so many positions: single ones where prefill's fixed size leaves a rest."""
+        piece = self._model.piece
+        if piece is not None:
+            return [piece] * (length // piece) + [1] * (length % piece)
+        return [min(chunk, length - start) for start in range(0, length, chunk)]
 
     def step(self, tokens: ArrayLike) -> Array:
         """Consume one position, tokens [batch, *tail]; returns float32 [batch, width].

@@ -148,10 +148,23 @@ def test_the_prefill_graph_is_checked_too(copy: Path) -> None:
         Session.load(copy)
 
 
-def test_a_step_graph_is_no_prefill_graph(copy: Path) -> None:
+def test_a_directory_may_have_one_graph_of_one_position(built: Path, copy: Path) -> None:
     edit(copy, lambda manifest: manifest["graphs"]["prefill"].update(file="step.onnx"))
-    with pytest.raises(FormatError, match="axis 1 of input_ids has the fixed length 1, expected any length"):
-        Session.load(copy)
+    alone, both = Session.load(copy), Session.load(built)
+    tokens = [3, 1, 4, 1, 5]
+    np.testing.assert_allclose(alone.prefill(tokens), both.prefill(tokens), atol=1e-5)
+    np.testing.assert_allclose(alone.prefill(tokens, last_only=True), both.prefill(tokens)[:, -1], atol=1e-5)
+    assert alone.position == both.position == 10
+
+
+def test_graphs_of_another_target_run_when_asked_for(copy: Path) -> None:
+    graphs = {"step": {"file": "step.onnx"}, "prefill": {"file": "step.onnx"}}
+    edit(copy, lambda manifest: manifest.update(variants={"mcu": graphs}))
+    tokens = [3, 1, 4, 1, 5]
+    other = Session.load(copy, target="mcu").prefill(tokens)
+    np.testing.assert_allclose(other, Session.load(copy, target="cpu").prefill(tokens), atol=1e-5)
+    with pytest.raises(ArgumentError, match=r"^there are no graphs for 'web' in it, only for cpu, mcu$"):
+        Session.load(copy, target="web")
 
 
 def test_fixed_batch_must_be_the_asked_one(tmp_path: Path) -> None:

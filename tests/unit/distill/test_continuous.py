@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from factories import Continuous
@@ -16,7 +18,7 @@ from lhcompile.distill.convolutions import Convolutions
 from lhcompile.distill.heal import heal
 from lhcompile.distill.norm import tap_norm
 from lhcompile.errors import BudgetError
-from lhcompile.measure import compare, divergences
+from lhcompile.measure import Reference, compare, divergences
 from lhcompile.recognize import recognize
 from lhcompile.ssm import ModalSSM
 
@@ -32,7 +34,8 @@ def noise(rows: int, seed: int = 0) -> Tensor:
 
 
 def error(program: Program, other: Program, features: Tensor) -> float:
-    return compare(program, {"other": other}, features)["other"].relative_error
+    with TemporaryDirectory() as place:
+        return compare(Reference(program, features, Path(place) / "r"), {"other": other})["other"].relative_error
 
 
 def test_the_program_reads_features(program: Program) -> None:

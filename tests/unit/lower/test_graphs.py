@@ -18,7 +18,6 @@ from streams import assert_parity, onnx_stream, serialized, torch_stream
 
 from lhcompile.artifacts import Program
 from lhcompile.capture import capture
-from lhcompile.config import LowerConfig
 from lhcompile.errors import LowerError
 from lhcompile.lower import lower
 from lhcompile.lower.export import export_onnx
@@ -184,7 +183,7 @@ def test_real_poles_need_no_swap(orders: list[int] | None) -> None:
 
 
 def test_the_other_target() -> None:
-    lowered = lower(streamify(with_modal(program_of(Hyena))), LowerConfig(target="cpu"))
+    lowered = lower(streamify(with_modal(program_of(Hyena))), "cpu")
     assert lowered.target == "cpu"
     assert [state.kind for state in lowered.states] == ["fir", "modal"]
 
@@ -197,7 +196,7 @@ class Bessel(Mixer):
 def test_an_operator_without_an_onnx_form_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     streamed = streamify(recognize(capture(tiny(Bessel))))
     with pytest.raises(LowerError, match=r"^prims\.bessel_j0\.default has no ONNX form$"):
-        lower(streamed, LowerConfig(target="portable"))
+        lower(streamed, "portable")
     assert capfd.readouterr().err == ""
 
 
@@ -227,7 +226,7 @@ class WithoutMemory(Mixer):
 def test_unusual_layers() -> None:
     streamed = streamify(program_of(ReshapedBothWays, DoublePrecision, WithoutMemory))
     assert [state.kind for state in streamed.states] == ["long_conv"]
-    lowered = lower(streamed, LowerConfig(target="portable"))
+    lowered = lower(streamed, "portable")
     assert not {node.op_type for node in lowered.step.graph} & FORBIDDEN_IN_STEP
     tokens = torch.randint(0, VOCAB, (3, 50), generator=torch.Generator().manual_seed(0))
     for cuts in ([], [1] * 50, [7, 1, 40]):

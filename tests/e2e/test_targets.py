@@ -1,0 +1,65 @@
+"""Several targets in one directory: the same model, each with graphs of its own and all with the same weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from commands import done
+from lhruntime import ArgumentError, FormatError, Session
+
+ALL = ("portable", "cpu", "cuda", "web", "mcu")
+
+
+@pytest.fixture(scope="module")
+def several(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("several") / "out"
+    targets = [part for target in ALL for part in ("--target", target)]
+    done("build", checkpoint, "-o", out, "--order", 4, "--sequences", 4, *targets)
+    return out
+
+
+def test_every_target_has_its_graphs_and_weights_are_there_once(several: Path) -> None:
+    names = {"step.onnx", "prefill.onnx", "weights.bin", "manifest.json", "report.json", "report.html"}
+    names |= {f"{kind}.{target}.onnx" for kind in ("step", "prefill") for target in ALL[1:]}
+    assert {path.name for path in several.iterdir()} == names - {"prefill.mcu.onnx"}
+    graphs = sum(path.stat().st_size for path in several.glob("*.onnx"))
+    manifest = json.loads((several / "manifest.json").read_text())
+    stored = 4 * manifest["model"]["parameters"]
+    assert (several / "weights.bin").stat().st_size < 3 * stored + 4096 * 100
+    assert graphs < 1_000_000
+    assert manifest["target"] == "portable"
+    assert list(manifest["variants"]) == list(ALL[1:])
+
+
+@pytest.mark.parametrize("target", ALL)
+def test_every_target_says_the_same(several: Path, target: str) -> None:
+    ids = np.random.default_rng(0).integers(0, 256, 40)
+    truth, session = Session.load(several), Session.load(several, target=target)
+    expected = truth.prefill(ids)
+    np.testing.assert_allclose(session.prefill(ids), expected, atol=1e-4 * np.abs(expected).max())
+    for name, value in truth.states().items():
+        np.testing.assert_allclose(session.states()[name], value, atol=1e-4 * max(1.0, np.abs(value).max()))
+
+
+def test_shapes_of_one_row_are_static(several: Path) -> None:
+    for target in ("web", "mcu"):
+        graph = onnx.load(several / f"step.{target}.onnx", load_external_data=False).graph
+        values = [*graph.input, *graph.output]
+        assert all(dim.HasField("dim_value") for value in values for dim in value.type.tensor_type.shape.dim)
+        with pytest.raises(FormatError, match="has the fixed batch 1, this session asks for batch 2"):
+            Session.load(several, target=target, batch=2)
+
+
+def test_the_report_has_a_stage_for_each(several: Path) -> None:
+    stages = json.loads((several / "report.json").read_text())["stages"]
+    assert [stage["name"] for stage in stages[-5:]] == ["onnx, mcu", "onnx, web", "onnx, cuda", "onnx, cpu", "onnx"]
+    assert all(stage["kl_mean"] == pytest.approx(stages[-1]["kl_mean"], rel=1e-2, abs=1e-9) for stage in stages[-5:])
+
+
+def test_a_target_that_was_not_built_is_refused(several: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"^there are no graphs for 'toaster' in it, only for portable, cpu, cuda"):
+        Session.load(several, target="toaster")
