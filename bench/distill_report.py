@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from operator import truediv
 from typing import Any
 
 import matplotlib
@@ -89,12 +90,14 @@ def _patience(rows: list[Row]) -> str:
             row["order"],
             f"{row['error']:.4f}",
             f"{row['default_error']:.4f}",
+            f"{max(map(truediv, row['default_layers'], row['layers'])):.2f}",
             f"{row['reached']} of {row['filters']}",
             f"{row['seconds'] / row['default_seconds']:.0f}",
         )
         for row in rows
     ]
-    heads = ["order", "mean error", "default's", "filters within 1 % of the default's", "times the default's time"]
+    heads = ["order", "mean error", "default's", "its share in the worst layer", "filters within 1 % of it"]
+    heads.append("times the default's time")
     text = f"{rows[0]['filters']} of the filters, 45 000 steps of gradient descent each."
     return f"## Gradient descent with patience\n\n{text}\n\n{_table(heads, body)}"
 
