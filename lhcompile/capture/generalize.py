@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from lhcompile.artifacts import map_leaves, module_path, source_line
 from lhcompile.errors import CaptureError
+from lhcompile.extremes import extremes
 from lhcompile.sizes import BATCH, TIME, Point, Size, emit_size, solve
 
 __all__ = ["generalize"]
@@ -101,7 +102,8 @@ def _pair(first: GraphModule, second: GraphModule) -> list[tuple[Node, Node]]:
 
 
 def _same_constant(a: torch.Tensor, b: torch.Tensor, node: Node) -> None:
-    if bool(b.isnan().any()) or (isinstance(b, torch.nn.Parameter) and not bool(b.isfinite().all())):
+    ends = extremes(b)
+    if bool(ends.isnan().any()) or (isinstance(b, torch.nn.Parameter) and not bool(ends.isfinite().all())):
         raise CaptureError(f"the weight {node.target} holds NaN or infinite numbers")
     if not torch.equal(a, b):
         raise CaptureError(f"the constant {node.target} changes with the sequence length")

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from lhcompile.artifacts import LoadedModel, Signal
 from lhcompile.errors import CheckpointError, ConfigError
+from lhcompile.extremes import extremes
 from lhcompile.load.archive_check import refuse_unsafe
 from lhcompile.load.module import LogitsOnly
 
@@ -41,7 +42,7 @@ def load_archive(path: Path, context: int | None) -> LoadedModel:
     for name, tensor in program.state_dict.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}; export the model in float32")
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(extremes(tensor).isfinite().all()):
             raise CheckpointError(f"{path}: {name!r} holds NaN or infinite values")
     module: torch.nn.Module = program.module(check_guards=False)
     out_spec = program.call_spec.out_spec

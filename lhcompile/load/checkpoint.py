@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lhcompile.errors import CheckpointError
+from lhcompile.extremes import extremes
 from lhcompile.load.configuration import read_mapping
 from lhcompile.load.folder import options_of, weights_in
 from lhcompile.load.inert import read_inert, tensors_of
@@ -256,7 +257,7 @@ def _check_tensor(key: str, value: Tensor, checkpoint: Checkpoint, kind: str) ->
         raise CheckpointError(f"{path}: {key!r} is complex, expected {value.dtype}")
     if value.is_floating_point() and not found.is_floating_point():
         raise CheckpointError(f"{path}: {key!r} is {found.dtype}, expected {value.dtype}")
-    if not bool(torch.isfinite(found).all()):
+    if not bool(extremes(found).isfinite().all()):
         raise CheckpointError(f"{path}: {key!r} holds NaN or infinite values")
 
 

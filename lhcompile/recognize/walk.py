@@ -26,6 +26,10 @@ for _stage in (attention, windows, spectra, operators):
 aten = torch.ops.aten
 _ANY_LAYOUT: dict[Any, Any] = dict.fromkeys((aten.view.default, aten._unsafe_view.default), aten.reshape.default)
 """Operators that ask for a layout in memory, which is another in the new graph, and what they stand for."""
+_BY_ENTRY = {aten.linear.default, aten.embedding.default}
+"""Operators whose weights have an output, or a row to look up, along their first axis, each on its own."""
+ENTRIES = 256
+"""So many of them are tried: all would be a copy of the largest weights in double precision."""
 SAME = 1e-6
 """Entries of a table computed at two lengths that differ by less, as a share of the largest, are the same: kernels
 round the end of a vector differently."""
@@ -131,7 +135,10 @@ class Walk(Signals):
             def value(arg: Node) -> Any:
                 if "size" in arg.meta:
                     return arg.meta["size"].at(point)
-                return doubled(given[arg] if arg in given else getattr(self.root, str(arg.target)))
+                if arg in given:
+                    return doubled(given[arg])
+                weight = getattr(self.root, str(arg.target))
+                return doubled(weight[:ENTRIES] if target in _BY_ENTRY else weight)
 
             real_args, real_kwargs = map_nodes((args, kwargs), value)
             with torch.no_grad():
