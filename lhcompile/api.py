@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -159,7 +160,11 @@ def verify_directory(
     path = Path(directory)
     say("comparing checksums")
     manifest = verify_files(path)
-    model = verify.SessionModel(lambda batch: Session.load(path, batch=batch))
+    graphs = {manifest.target: manifest.graphs, **(manifest.variants or {})}
+    models = {
+        target: verify.SessionModel(partial(_open, path, target), pair.batch) for target, pair in graphs.items()
+    }
+    model = models[manifest.target]
     tail = model.session(1).tail
     signal = Signal(tail[0]) if tail else Signal()
     source = None if against is None else load(against, **dict(validated(LoadConfig, options)))
@@ -182,15 +187,21 @@ def verify_directory(
     rows = rows[:, : model.session(1).manifest.capacity]
     say("feeding the graphs in every cut")
     few = rows[:3, : min(160, rows.shape[1])]
-    cuts = verify.check_cuts(model, few)
+    tolerances = {target: verify.quantized_tolerance(target, manifest.quantize or "none") for target in models}
+    cuts = sum(verify.check_cuts(each, few, tolerances[target]) for target, each in models.items())
     if source is None:
         return Verification(len(manifest.files), cuts)
-    if all(layer.tap_error == 0 for layer in manifest.distillation):
+    if all(layer.tap_error == 0 for layer in manifest.distillation) and manifest.quantize in (None, "none"):
         verify.check_stage(model, source.module, few, verify.ONNX)
     say(f"measuring on {rows.shape[:2].numel()} positions")
     with TemporaryDirectory() as place:
         reference = verify.Reference(source.module, rows, Path(place) / "reference")
-        stages = tuple(verify.fidelity(reference, {"onnx": model}))
+        named = {"onnx" if target == manifest.target else f"onnx, {target}": each for target, each in models.items()}
+        stages = tuple(verify.fidelity(reference, dict(reversed(named.items()))))
     if not np.isfinite((stages[-1].loss or 0.0) + (stages[-1].relative_error or 0.0)):
         raise ParityError("the outputs of the built model are not finite")
     return Verification(len(manifest.files), cuts, stages)
+
+
+def _open(directory: Path, target: str, batch: int) -> Session:
+    return Session.load(directory, target=target, batch=batch)

@@ -21,7 +21,9 @@ __all__ = [
     "DistilledLayer",
     "LoadedModel",
     "Lowered",
+    "Part",
     "Program",
+    "Quantized",
     "Sequences",
     "Signal",
     "State",
@@ -280,6 +282,7 @@ class Lowered:
     """Both ONNX graphs of a model for one target; inputs and outputs as in the built directory's contract.
 
     prefill: the step graph itself where one token at a time is all there is; batch: rows, None for any number
+    precision: of the weights; "none": float32, as they came
     """
 
     step: ir.Model
@@ -287,6 +290,29 @@ class Lowered:
     target: str
     states: tuple[State, ...]
     batch: int | None = None
+    precision: str = "none"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of weight that was quantized: number of distinct tensors, their bytes before and after."""
+
+    name: str
+    tensors: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Graphs with quantized weights, and what they mean.
+
+    rounded: the graphs that came in, each quantized weight replaced by its value in float32, computed when it is read
+    """
+
+    lowered: Lowered
+    rounded: Lowered
+    parts: tuple[Part, ...] = ()
 
 
 def module_path(node: Node) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from lhcompile.artifacts import Distilled, LoadedModel, Lowered, Program
+from lhcompile.artifacts import Distilled, LoadedModel, Lowered, Program, Quantized
 from lhcompile.errors import DestinationError
 from lhcompile.lower import WEIGHTS_NAME, weight_places, write_graphs
 from lhcompile.package import Link, Source
@@ -29,7 +29,7 @@ from lhcompile.package.manifest import (
     Weight,
 )
 from lhcompile.verify import summary
-from lhcompile.verify.model import BudgetReport, GraphReport, LayerReport, ModelReport, Report, StageFidelity
+from lhcompile.verify.model import BudgetReport, GraphReport, ModelReport, Report, StageFidelity, WeightsReport
 
 __all__ = ["VERSIONED", "fidelity_of", "graph_files", "graph_names", "manifest_of", "report_of"]
 
@@ -62,7 +62,7 @@ def manifest_of(
     loaded: LoadedModel,
     targets: Sequence[Lowered],
     program: Program,
-    layers: list[LayerReport],
+    report: Report,
     tokenizer: bool,
 ) -> Manifest:
     """manifest.json without figures of the graphs, and without its file list, which packaging fills in.
@@ -70,15 +70,18 @@ def manifest_of(
     tokenizer: there is a tokenizer.json; without one the model reads bytes or takes ids.
     """
     tokens = program.signal.features is None
-    modal = [layer for layer in layers if not layer.kept]
+    modal = [layer for layer in report.layers if not layer.kept]
     first = targets[0]
     graphs = {
-        lowered.target: Graphs(step=_graph(step, lowered.step), prefill=_graph(prefill, lowered.prefill))
+        lowered.target: Graphs(
+            step=_graph(step, lowered.step), prefill=_graph(prefill, lowered.prefill), batch=lowered.batch
+        )
         for lowered, (step, prefill) in zip(targets, graph_names(targets), strict=True)
     }
     return Manifest(
         lhcompile_version=version("lhcompile"),
         target=first.target,  # type: ignore[arg-type]
+        quantize=first.precision,  # type: ignore[arg-type]
         model=ModelInfo(
             family=loaded.family,
             vocab_size=program.vocabulary if tokens else None,
@@ -158,7 +161,7 @@ def fidelity_of(stages: list[StageFidelity]) -> TokenFidelity | FeatureFidelity:
 
 def report_of(
     loaded: LoadedModel,
-    lowered: Lowered,
+    quantized: Quantized,
     program: Program,
     distilled: Distilled,
     stages: list[StageFidelity],
@@ -171,7 +174,7 @@ def report_of(
 
     stages: those in torch; budget: the relative rise allowed; calibration: where the sequences came from
     """
-    signal = program.signal
+    signal, lowered = program.signal, quantized.lowered
     blocks = len({_block(state.module) for state in lowered.states})
     return Report(
         model=ModelReport(
@@ -183,6 +186,8 @@ def report_of(
             context_length=program.context,
         ),
         target=lowered.target,
+        quantize=lowered.precision,
+        weights=[WeightsReport(**vars(part)) for part in quantized.parts],
         command=command,
         versions={name: version(name) for name in VERSIONED},
         calibration=calibration,

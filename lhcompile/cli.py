@@ -147,6 +147,8 @@ def build(model: Model, **options: Any) -> None:
     rows.append(("state", f"{_bytes(report.state_bytes)} per sequence"))
     if report.graph is not None and report.graph.nodes_per_layer is not None:
         rows.append(("step graph", f"{report.graph.step_nodes} nodes, {report.graph.nodes_per_layer:.1f} per layer"))
+    for weights in report.weights:
+        rows.append((weights.name, f"{report.quantize}: {_bytes(weights.before)} → {_bytes(weights.after)}"))
     rows.append(("files", _sizes(report.files)))
     rows.append(("written to", f"{options['output']}  (report: {options['output'] / 'report.html'})"))
     _print_rows(rows)
@@ -263,12 +265,13 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Only the k most likely tokens; 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Only the most likely tokens that hold this much probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    target: Annotated[str | None, typer.Option(help="Whose graphs run, of those built; the first without it.")] = None,
 ) -> None:
     """Continue PROMPT, streaming text as it is generated."""
     with err.status("loading"):
         from lhcompile import running
 
-        pieces = running.generate(directory, prompt, max_new_tokens, temperature, top_k, top_p, seed)
+        pieces = running.generate(directory, prompt, max_new_tokens, temperature, top_k, top_p, seed, target)
     print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -282,6 +285,7 @@ def bench(
     steps: Annotated[int, typer.Option(min=1, help="Tokens to time.")] = 200,
     prefill_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prefill.")] = 1024,
     threads: Annotated[int | None, typer.Option(min=1, help="onnxruntime threads.")] = None,
+    target: Annotated[str | None, typer.Option(help="Whose graphs run, of those built; the first without it.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure step latency, tokens per second, prefill rate and state size."""
@@ -290,7 +294,7 @@ def bench(
     with err.status("measuring"):
         from lhcompile import running
 
-        result = running.bench(directory, batch, steps, prefill_tokens, threads)
+        result = running.bench(directory, batch, steps, prefill_tokens, threads, target)
     if json:
         out.print_json(data=asdict(result))
         return
@@ -373,7 +377,7 @@ def _print_manifest(found: Any) -> None:
     model, graphs = found.model, {name: entry.bytes for name, entry in found.files.items()}
     rows = [
         ("model", f"{model.family}, {model.parameters:,} parameters, context {model.context_length}"),
-        ("target", f"{found.target}, built by lhcompile {found.lhcompile_version}"),
+        ("target", f"{', '.join([found.target, *(found.variants or {})])}, built by lhcompile {found.lhcompile_version}"),
         ("states", str(len(found.states))),
         ("files", f"{_sizes(graphs)}; checksums match"),
     ]

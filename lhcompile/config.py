@@ -20,7 +20,6 @@ __all__ = [
     "PackageConfig",
     "Precision",
     "QuantizeConfig",
-    "StateType",
     "StreamConfig",
     "Target",
     "build_config",
@@ -29,7 +28,6 @@ __all__ = [
 
 Target = Literal["portable", "cpu", "cuda", "web", "mcu"]
 Precision = Literal["none", "fp16", "bf16", "int8", "int4"]
-StateType = Literal["float32", "float16", "int8"]
 Method = Literal["auto", "hankel", "varpro"]
 
 
@@ -167,7 +165,6 @@ class QuantizeConfig(_Config):
     quantize: Precision = Field(
         "none", description="Precision of the weights; poles, residues, norms and states stay in float32."
     )
-    state_type: StateType = Field("float32", description="How states of the convolutions are stored between calls.")
 
 
 class PackageConfig(_Config):

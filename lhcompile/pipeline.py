@@ -7,6 +7,7 @@ calibrate  sequences to choose by and sequences to judge by; after recognize, be
 distill    convolutions to modal systems; before streamify, while a program still takes whole sequences
 streamify  states in and out
 lower      ONNX graphs
+quantize   smaller weights
 compare    figures of the torch programs on held-out sequences, after which their memory is free for the graphs
 verify     parity and figures of the graphs
 package    the directory, whole or not at all
@@ -26,7 +27,7 @@ import torch
 from lhruntime import Session
 
 from lhcompile import verify
-from lhcompile.artifacts import Program
+from lhcompile.artifacts import LoadedModel, Lowered, Program
 from lhcompile.assemble import fidelity_of, graph_files, manifest_of, report_of
 from lhcompile.calibrate import SAMPLED_LENGTH, calibrate, check_readable, token_limit
 from lhcompile.capture import capture
@@ -36,6 +37,7 @@ from lhcompile.errors import DistillError
 from lhcompile.load import load
 from lhcompile.lower import lower
 from lhcompile.package import Manifest, Source, check_destination, package, size_of, workspace
+from lhcompile.quantize import quantize
 from lhcompile.recognize import recognize
 from lhcompile.streamify import check_capacity, streamify
 from lhcompile.verify.graphs import check_graphs
@@ -69,20 +71,35 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class _Contents:
+    """A directory to be: its files, and its manifest without figures."""
+
+    name: str
+    files: dict[str, Source]
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
 class _Compiled:
     """What is left of a model when its torch programs are gone: a build holds the weights of one at a time.
 
-    files: of the directory; targets: whose graphs they are, and the rows those are for, None for any number
-    manifest, report: without figures of the ONNX graphs
+    targets: rows that their graphs are for, None for any number
+    onnx: graphs in float32; rounded: the same with the values of quantized weights; quantized: as they are stored
+    report: without figures of the graphs
     expected, reference: what the graphs are compared with, in every cut and on held-out sequences
     """
 
-    files: dict[str, Source]
     targets: dict[str, int | None]
-    manifest: Manifest
+    onnx: _Contents
+    rounded: _Contents | None
+    quantized: _Contents | None
     report: Report
     expected: verify.Fed
     reference: verify.Reference
+
+    @property
+    def product(self) -> _Contents:
+        return self.quantized or self.onnx
 
 
 def build(model: str, config: BuildConfig, progress: Progress | None = None, command: str = "") -> Report:
@@ -100,14 +117,13 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
         with progress.stage("verify") as say:
             stages = _measure(compiled, place, say)
         with progress.stage("package"):
-            sizes = {name: size_of(file) for name, file in compiled.files.items()}
+            files, manifest = compiled.product.files, compiled.product.manifest
+            sizes = {name: size_of(file) for name, file in files.items()}
             report = compiled.report.measured(stages, sizes, progress.timings)
-            manifest = compiled.manifest.model_copy(
-                update={"fidelity": fidelity_of(stages), "timings": report.timings}
-            )
-            compiled.files["report.json"] = report.model_dump_json(indent=1).encode()
-            compiled.files["report.html"] = render_report(report).encode()
-            package(config.package.output, compiled.files, manifest, force=config.package.force)
+            figures = {"fidelity": fidelity_of(stages), "timings": report.timings}
+            files["report.json"] = report.model_dump_json(indent=1).encode()
+            files["report.html"] = render_report(report).encode()
+            package(config.package.output, files, manifest.model_copy(update=figures), force=config.package.force)
     return report
 
 
@@ -137,9 +153,8 @@ def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, c
     with progress.stage("lower"):
         targets = [lower(streamed, target) for target in config.lower.target]
         graph, *_ = [check_graphs(lowered, streamed.signal) for lowered in targets]
-        files = graph_files(targets, place)
-        if config.calibration.tokenizer is not None:
-            files["tokenizer.json"] = config.calibration.tokenizer
+    with progress.stage("quantize"):
+        quantized = [quantize(lowered, config.quantize) for lowered in targets]
     with progress.stage("compare") as say:
         say(f"on {heldout.shape[:2].numel()} held-out positions")
         reference = verify.Reference(loaded.module, heldout, place / "reference")
@@ -147,33 +162,74 @@ def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, c
         stages = verify.fidelity(reference, programs)
         expected = verify.fed(streamed, few)
     report = report_of(
-        loaded, targets[0], streamed, distilled, stages, graph, config.distill.rise, command, sequences.source
+        loaded, quantized[0], streamed, distilled, stages, graph, config.distill.rise, command, sequences.source
     )
-    manifest = manifest_of(loaded, targets, streamed, report.layers, "tokenizer.json" in files)
-    rows = {lowered.target: lowered.batch for lowered in targets}
-    return _Compiled(files, rows, manifest, report, expected, reference)
+    contents = partial(_contents, loaded, streamed, report, config.calibration.tokenizer, place)
+    smaller = config.quantize.quantize != "none"
+    return _Compiled(
+        targets={lowered.target: lowered.batch for lowered in targets},
+        onnx=contents("onnx", targets),
+        rounded=contents("rounded", [each.rounded for each in quantized]) if smaller else None,
+        quantized=contents("quantized", [each.lowered for each in quantized]) if smaller else None,
+        report=report,
+        expected=expected,
+        reference=reference,
+    )
+
+
+def _contents(
+    loaded: LoadedModel,
+    program: Program,
+    report: Report,
+    tokenizer: Path | None,
+    place: Path,
+    name: str,
+    targets: list[Lowered],
+) -> _Contents:
+    """The graphs of every target, written into a folder of their own in `place`, and what goes with them."""
+    (place / name).mkdir()
+    files = graph_files(targets, place / name)
+    if tokenizer is not None:
+        files["tokenizer.json"] = tokenizer
+    return _Contents(name, files, manifest_of(loaded, targets, program, report, tokenizer is not None))
 
 
 def _measure(compiled: _Compiled, place: Path, say: Callable[[str], None]) -> list[StageFidelity]:
     """The figures of every stage; graphs are tried in a directory, driven as users will drive them.
 
-    Those of the graphs come last, target by target, and that of the first target at the very end.
+    Those of the graphs come last, target by target, and that of the first target at the very end. Quantized graphs are
+    held against those of the weights' rounded values, their figures against the source.
     """
-    directory = package(place / "rehearsal", compiled.files, compiled.manifest, force=False)
+
+    def model(contents: _Contents, target: str, shared: bool = True) -> verify.SessionModel:
+        directory = place / f"{contents.name}, tried"
+        if not directory.exists():
+            package(directory, contents.files, contents.manifest, force=False)
+        return verify.SessionModel(partial(_open, directory, target, shared), compiled.targets[target])
+
     stages = list(compiled.report.stages)
-    first = next(iter(compiled.targets))
-    for target, rows in reversed(compiled.targets.items()):
-        onnx = verify.SessionModel(partial(_open, directory, target), rows)
+    first, precision = next(iter(compiled.targets)), compiled.report.quantize
+    for target in reversed(compiled.targets):
+        behind = "" if target == first else f", {target}"
         say(f"feeding the graphs for {target} in every cut")
+        onnx = model(compiled.onnx, target)
         verify.check_session(onnx, compiled.expected)
         say("measuring on the held-out positions")
-        name = "onnx" if target == first else f"onnx, {target}"
-        stages += verify.fidelity(compiled.reference, {name: onnx})[1:]
+        stages += verify.fidelity(compiled.reference, {f"onnx{behind}": onnx})[1:]
+        del onnx  # its memory is for the next
+        if compiled.rounded is None or compiled.quantized is None:
+            continue
+        tokens = compiled.expected.tokens
+        expected = model(compiled.rounded, target).feed(tokens, [tokens.shape[1]])
+        smaller = model(compiled.quantized, target, shared=False)
+        say(f"feeding the graphs in {precision} for {target} in every cut")
+        verify.check_session(smaller, expected, verify.quantized_tolerance(target, precision))
+        stages += verify.fidelity(compiled.reference, {f"{precision}{behind}": smaller})[1:]
     return stages
 
 
-def _open(directory: Path, target: str, batch: int) -> Session:
-    return Session.load(directory, target=target, batch=batch, verify=False, share_weights=True)
+def _open(directory: Path, target: str, shared: bool, batch: int) -> Session:
+    return Session.load(directory, target=target, batch=batch, verify=False, share_weights=shared)
 
 
 def _probe(program: Program) -> torch.Tensor:

@@ -24,15 +24,18 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
+    target: str | None = None,
 ) -> Iterator[str]:
     """Text after a prompt, piece by piece as it is generated, through plain onnxruntime.
+
+    target: whose graphs run, of those that were built; the first if None.
 
     A model without a tokenizer takes token ids as its prompt, "1 2 3", and gives ids.
     Raises at once: ArgumentError of lhruntime for settings out of range, ConfigError for a prompt of no ids or for a
     model of continuous signals.
     """
     path = Path(directory)
-    session = Session.load(path)
+    session = Session.load(path, target=target)
     if session.manifest.features:
         raise ConfigError(f"{directory} is a model of continuous signals: it has no tokens to generate")
     encode, stream = _text(path, session)
@@ -105,10 +108,15 @@ class Bench:
 
 
 def bench(
-    directory: str | Path, batch: int = 1, steps: int = 200, prefill_tokens: int = 1024, threads: int | None = None
+    directory: str | Path,
+    batch: int = 1,
+    steps: int = 200,
+    prefill_tokens: int = 1024,
+    threads: int | None = None,
+    target: str | None = None,
 ) -> Bench:
     """Measure step latency and prefill rate; medians over `steps` tokens and five prefills, after a warm-up."""
-    session = Session.load(directory, batch=batch, threads=threads)
+    session = Session.load(directory, target=target, batch=batch, threads=threads)
     draw = np.random.default_rng(0)
     durations = []
     for row in _inputs(session, draw, steps + 10, batch):

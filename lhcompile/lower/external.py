@@ -15,8 +15,9 @@ import onnx_ir as ir
 __all__ = ["WEIGHTS_NAME", "WeightPlace", "weight_places", "write_graphs"]
 
 WEIGHTS_NAME = "weights.bin"
-MOST_INLINE = 1_500_000_000
-"""Bytes of weights up to which a graph holds them itself; a protobuf ends below 2 GiB."""
+MOST_INLINE = 64 << 20
+"""Bytes of weights up to which a graph holds them itself: one file is handy while it is small, and both hold them all.
+A protobuf ends at 2 GiB."""
 SMALL = 1024
 """Bytes below which a tensor stays in the graph all the same."""
 PAGE = 4096
@@ -80,11 +81,11 @@ class _Weights:
 
 
 def weight_places(model: ir.Model) -> dict[str, WeightPlace]:
-    """Where the initializers of a model that was written lie outside of it, by name."""
+    """Where the initializers of a model that was written lie outside of it, by name; of a dtype that numpy has."""
     return {
         str(value.name): WeightPlace(tensor.offset or 0, tensor.dtype.numpy().name, tuple(tensor.shape.numpy()))
         for value, tensor in _initializers(model)
-        if isinstance(tensor, ir.ExternalTensor)
+        if isinstance(tensor, ir.ExternalTensor) and tensor.dtype.bitwidth >= 8 and tensor.dtype != ir.DataType.BFLOAT16
     }
 
 

@@ -106,10 +106,14 @@ class Graph(_Part):
 
 
 class Graphs(_Part):
-    """Two graphs with the same inputs and outputs in the same order; step takes one position a call."""
+    """Two graphs with the same inputs and outputs in the same order; step takes one position a call.
+
+    batch: rows that they are for, any number if it is not said
+    """
 
     step: Graph
     prefill: Graph
+    batch: Positive | None = None
 
 
 class Inputs(_Part):
@@ -199,6 +203,7 @@ class Manifest(_Part):
     format_version: Literal[1] = FORMAT_VERSION
     lhcompile_version: Name
     target: Target
+    quantize: Literal["none", "fp16", "bf16", "int8", "int4"] | None = None
     model: ModelInfo
     tokenizer: Tokenizer | None = None
     graphs: Graphs

@@ -17,7 +17,7 @@ from lhcompile.artifacts import Program
 from lhcompile.errors import ParityError
 from lhcompile.measure import Agreement, Deviation, Model, Reference, compare
 from lhcompile.parallel import one_thread
-from lhcompile.verify.budgets import CAPTURED, ONNX, RECOGNIZED, STREAMED, Tolerance
+from lhcompile.verify.budgets import CAPTURED, ONNX, RECOGNIZED, STREAMED, Tolerance, quantized_tolerance
 from lhcompile.verify.model import StageFidelity
 
 __all__ = [
@@ -35,15 +35,16 @@ __all__ = [
     "check_streamed",
     "fed",
     "fidelity",
+    "quantized_tolerance",
 ]
 
 ROWS = 3
 
 
 def assert_close(value: Tensor, reference: Tensor, tolerance: Tolerance, what: str) -> None:
-    """Raise ParityError when max |value − reference| exceeds the tolerance times the reference's RMS, or is NaN.
+    """Raise ParityError when |value − reference| exceeds the tolerance times the reference's RMS, or is NaN.
 
-    Whole numbers must be the same.
+    Its maximum, or where the tolerance is one on average its root mean square. Whole numbers must be the same.
     """
     if value.shape != reference.shape:
         raise ParityError(f"{tolerance.name}: {what} has shape {list(value.shape)}, not {list(reference.shape)}")
@@ -51,10 +52,12 @@ def assert_close(value: Tensor, reference: Tensor, tolerance: Tolerance, what: s
         return
     share = tolerance.relative if reference.is_floating_point() else 0.0
     scale = float(reference.double().square().mean().sqrt())
-    worst = float((value.double() - reference.double()).abs().max())
+    error = value.double() - reference.double()
+    worst = float(error.square().mean().sqrt() if tolerance.on_average else error.abs().max())
     if not worst <= share * scale:
+        average = " on average" * tolerance.on_average
         raise ParityError(
-            f"{tolerance.name}: {what} differs by {worst:.3g} where {share * scale:.3g} is allowed "
+            f"{tolerance.name}: {what} differs by {worst:.3g}{average} where {share * scale:.3g} is allowed "
             f"({share:g} of its RMS: {tolerance.reason})"
         )
 
@@ -160,7 +163,7 @@ def fed(program: Program, tokens: Tensor) -> Fed:
     return Fed(tokens, logits, dict(zip((state.name for state in program.states), final, strict=True)))
 
 
-def check_session(model: SessionModel, expected: Fed) -> int:
+def check_session(model: SessionModel, expected: Fed, tolerance: Tolerance = ONNX) -> int:
     """The ONNX graphs against what is expected, fed whole and in cuts: logits and final states.
 
     Returns the number of ways the tokens were cut.
@@ -168,18 +171,18 @@ def check_session(model: SessionModel, expected: Fed) -> int:
     ways = [[expected.tokens.shape[1]], *cuts_of(expected.tokens.shape[1])]
     for cuts in ways:
         found = model.feed(expected.tokens, cuts)
-        assert_close(found.logits, expected.logits, ONNX, f"{_said(expected.tokens)} fed {_describe(cuts)}")
+        assert_close(found.logits, expected.logits, tolerance, f"{_said(expected.tokens)} fed {_describe(cuts)}")
         for name, state in expected.states.items():
-            assert_close(found.states[name], state, ONNX, f"state {name} after feeding {_describe(cuts)}")
+            assert_close(found.states[name], state, tolerance, f"state {name} after feeding {_describe(cuts)}")
     return len(ways)
 
 
-def check_cuts(model: SessionModel, tokens: Tensor) -> int:
+def check_cuts(model: SessionModel, tokens: Tensor, tolerance: Tolerance = ONNX) -> int:
     """A built directory against itself: every way of cutting tokens [rows, time] against feeding them whole.
 
     Returns the number of ways.
     """
-    return check_session(model, model.feed(tokens, [tokens.shape[1]]))
+    return check_session(model, model.feed(tokens, [tokens.shape[1]]), tolerance)
 
 
 def fidelity(reference: Reference, stages: Mapping[str, Model]) -> list[StageFidelity]:

@@ -21,6 +21,7 @@ __all__ = [
     "Report",
     "Spectrum",
     "StageFidelity",
+    "WeightsReport",
 ]
 
 
@@ -176,6 +177,15 @@ class HealingReport(_Part):
     kept: bool
 
 
+class WeightsReport(_Part):
+    """One kind of weight that was quantized: number of distinct tensors, their bytes before and after."""
+
+    name: str
+    tensors: int
+    before: int
+    after: int
+
+
 class GraphReport(_Part):
     """Sizes of the step graph in ONNX nodes."""
 
@@ -195,6 +205,7 @@ class Report(_Part):
     model: ModelReport
     target: str
     quantize: str = "none"
+    weights: list[WeightsReport] = []
     command: str
     versions: dict[str, str] = {}
     calibration: str | None = None

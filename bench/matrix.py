@@ -1,0 +1,220 @@
+"""Targets and precisions side by side: size, loss, speed; of the example, and of a model of 125 million parameters.
+
+    python -m bench.matrix --out docs/bench          writes matrix.json and the tables made from it
+    python -m bench.matrix --models example          one model only
+    python -m bench.matrix --quick                   small, to see that it works
+
+Every cell is a directory of its own that the command line's pipeline built, with all its gates. The example is
+calibrated and measured on its held-out text; the larger model (12 layers, width 768, vocabulary 50257, 1024 positions,
+order 4) has random weights, so only its sizes and speeds mean anything. Steps and prefills are timed in turns, all
+cells of a model within one run, two threads, batch 1; figures are medians. The floor of a step is the time in which
+the weights that it reads come from memory, at the rate at which a matrix-vector product of 400 MB reads them; the
+embedding, of which a step reads one row, does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from lhruntime import Session
+
+from bench.machine import describe
+from lhcompile.api import build
+from lhcompile.load import load
+from lhcompile.load.lm import LanguageModel
+from lhcompile.load.safari import HyenaConfig, HyenaLM
+
+EXAMPLE = Path(__file__).parents[1] / "examples/pysource"
+PRECISIONS = ("none", "fp16", "bf16", "int8", "int4")
+TARGETS = ("cpu", "portable")
+THREADS, STEPS, PREFILLS, PROMPT = 2, 60, 7, 1024
+LARGE = {
+    "d_model": 768, "n_layer": 12, "d_inner": 3072, "vocab_size": 50257, "l_max": 1024, "emb_dim": 33,
+    "filter_order": 64, "w": 14.0,
+}  # fmt: skip
+Row = dict[str, Any]
+
+
+def example(_: Path, quick: bool) -> tuple[str, Row]:
+    options: Row = {"config": EXAMPLE / "config.yaml", "calibration": EXAMPLE / "heldout.txt"}
+    return str(EXAMPLE / "model.pt"), options | ({"order": 2, "sequences": 2} if quick else {})
+
+
+def large(folder: Path, quick: bool) -> tuple[str, Row]:
+    """The checkpoint and configuration of a model with random weights, of 125 million parameters."""
+    shape = LARGE | ({"d_model": 64, "d_inner": 128, "n_layer": 2, "vocab_size": 300} if quick else {})
+    torch.manual_seed(0)
+    module: LanguageModel = HyenaLM(HyenaConfig(**shape))
+    torch.save(module.state_dict(), folder / "model.pt")
+    (folder / "config.yaml").write_text(yaml.safe_dump(shape))
+    options: Row = {"config": folder / "config.yaml", "order": 4, "method": "hankel", "sequences": 2}
+    return str(folder / "model.pt"), options
+
+
+MODELS: dict[str, Callable[[Path, bool], tuple[str, Row]]] = {"example": example, "125M": large}
+
+
+def figures(name: str, quick: bool) -> Row:
+    """Builds every cell of one model and measures them in turns."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        model, options = MODELS[name](folder, quick)
+        rows = []
+        for precision in PRECISIONS[:2] if quick else PRECISIONS:
+            for target in TARGETS:
+                out = folder / f"{precision}-{target}"
+                started = time.perf_counter()
+                report = build(model, target=[target], quantize=precision, output=out, **options)
+                base = next(stage for stage in report.stages if stage.name == "onnx")
+                last = report.stages[-1]
+                rise = (last.loss - base.loss) / base.loss if base.loss and last.loss else None
+                sizes = {path.name: path.stat().st_size for path in out.iterdir() if path.suffix in (".onnx", ".bin")}
+                rows.append(
+                    {
+                        "target": target,
+                        "precision": precision,
+                        "bytes": sum(sizes.values()),
+                        "step_bytes": sizes.get("weights.bin", 0) + sizes["step.onnx"],
+                        "embedding_bytes": _embedding_bytes(out),
+                        "state_bytes": report.state_bytes,
+                        "loss": last.loss,
+                        "rise": rise,
+                        "kl": last.kl_mean,
+                        "seconds": time.perf_counter() - started,
+                    }
+                )
+                print(name, *rows[-1].values(), flush=True)
+                gc.collect()
+        torch_rate = _time(rows, folder, load(model, config=options["config"]).module)
+        bandwidth = _bandwidth()
+    for row in rows:
+        row["floor_ms"] = 1e3 * (row["step_bytes"] - row["embedding_bytes"] + 2 * row["state_bytes"]) / bandwidth
+    return {"cells": rows, "bandwidth": bandwidth, "torch_prefill": torch_rate}
+
+
+def _embedding_bytes(directory: Path) -> int:
+    """Bytes of what the step graph looks tokens up in, of which it reads an entry."""
+    import onnx
+
+    graph = onnx.load(directory / "step.onnx", load_external_data=False).graph
+    size = {tensor.name: _bytes(tensor) for tensor in graph.initializer}
+    reads: dict[str, set[str]] = {}
+    for node in graph.node:
+        for name in node.input:
+            reads.setdefault(name, set()).add(node.op_type)
+    return sum(count for name, count in size.items() if reads.get(name) == {"Gather"})
+
+
+def _bytes(tensor: Any) -> int:
+    for entry in tensor.external_data:
+        if entry.key == "length":
+            return int(entry.value)
+    return int(tensor.ByteSize())
+
+
+def _time(rows: list[Row], folder: Path, module: torch.nn.Module) -> float:
+    """Fills in milliseconds of a step and tokens a second of a prefill; returns those of the module itself."""
+    sessions = [
+        Session.load(folder / f"{row['precision']}-{row['target']}", threads=THREADS, verify=False) for row in rows
+    ]
+    vocabulary = sessions[0].manifest.vocab_size
+    prompt = np.random.default_rng(0).integers(0, vocabulary, (1, PROMPT))
+    steps: list[list[float]] = [[] for _ in rows]
+    for index in range(STEPS):
+        for session, times in zip(sessions, steps, strict=True):
+            for again in range(3):  # the first brings the weights back into what caches hold
+                started = time.perf_counter()
+                session.step(prompt[:, index])
+                if again:
+                    times.append(time.perf_counter() - started)
+    fills: list[list[float]] = [[] for _ in rows]
+    theirs = []
+    ids = torch.from_numpy(prompt)
+    for _ in range(PREFILLS):
+        for session, times in zip(sessions, fills, strict=True):
+            session.reset()
+            started = time.perf_counter()
+            session.prefill(prompt, chunk=PROMPT)
+            times.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        with torch.no_grad():
+            module(ids)
+        theirs.append(time.perf_counter() - started)
+    for row, step, fill in zip(rows, steps, fills, strict=True):
+        row["step_ms"] = 1e3 * float(np.median(step))
+        row["prefill"] = PROMPT / float(np.median(fill))
+    return PROMPT / float(np.median(theirs))
+
+
+def _bandwidth() -> float:
+    """Bytes a second that a product of a matrix of 400 MB with a vector reads; the median of nine."""
+    matrix, vector = torch.ones(10_000, 10_000), torch.ones(10_000)
+    times = []
+    for _ in range(9):
+        started = time.perf_counter()
+        torch.mv(matrix, vector)
+        times.append(time.perf_counter() - started)
+    return 4e8 / float(np.median(times))
+
+
+def table(name: str, found: Row) -> Iterator[str]:
+    """One model's cells as Markdown."""
+    cells = found["cells"]
+    plain = {cell["target"]: cell for cell in cells if cell["precision"] == "none"}
+    yield f"## {name}\n"
+    yield (
+        f"Memory is read at {found['bandwidth'] / 1e9:.1f} GB/s; the source, in torch with its FFT convolutions, takes "
+        f"{found['torch_prefill']:,.0f} tokens a second.\n"
+    )
+    heads = "target | precision | MB | of float32 | state KB | loss | KL | step ms | faster | step / floor | prefill/s"
+    yield f"| {heads} | of torch's |"
+    yield "|---" * 12 + "|"
+    for cell in cells:
+        same = plain[cell["target"]]
+        precision = "float32" if cell["precision"] == "none" else cell["precision"]
+        rise = "–" if cell["rise"] is None or name != "example" else f"{cell['rise']:+.3%}"
+        kl = f"{cell['kl']:.1e}" if name == "example" else "–"
+        yield (
+            f"| {cell['target']} | {precision} | {cell['bytes'] / 1e6:.1f} | {cell['bytes'] / same['bytes']:.2f} "
+            f"| {cell['state_bytes'] / 1e3:.1f} | {rise} | {kl} | {cell['step_ms']:.2f} "
+            f"| {same['step_ms'] / cell['step_ms']:.1f} × | {cell['step_ms'] / cell['floor_ms']:.2f} "
+            f"| {cell['prefill']:,.0f} | {cell['prefill'] / found['torch_prefill']:.2f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--quick", action="store_true", help="two precisions, small models")
+    parser.add_argument("--out", type=Path, help="folder for matrix.json and .md; other models there are kept")
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    path = None if options.out is None else options.out / "matrix.json"
+    result: Row = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    for name in options.models:
+        command = f"python -m bench.matrix --models {name}" + " --quick" * options.quick
+        result[name] = {"command": command, "machine": describe(), **figures(name, options.quick)}
+    lines = ["# Targets and precisions\n", *(__doc__ or "").strip().splitlines()[6:], ""]
+    for name, found in result.items():
+        machine = found["machine"]
+        made = f"Made by `{found['command']}` on {machine['processor']}, {machine['cores']} cores."
+        lines += [*table(name, found), "", made, ""]
+    print("\n".join(lines))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.with_suffix(".md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
