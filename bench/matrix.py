@@ -36,7 +36,7 @@ from lhcompile.load.safari import HyenaConfig, HyenaLM
 
 EXAMPLE = Path(__file__).parents[1] / "examples/pysource"
 PRECISIONS = ("none", "fp16", "bf16", "int8", "int4")
-TARGETS = ("cpu", "portable")
+TARGETS = {"example": ("cpu", "portable"), "125M": ("cpu",)}
 THREADS, STEPS, PREFILLS, PROMPT = 2, 60, 7, 1024
 LARGE = {
     "d_model": 768, "n_layer": 12, "d_inner": 3072, "vocab_size": 50257, "l_max": 1024, "emb_dim": 33,
@@ -71,7 +71,7 @@ def figures(name: str, quick: bool) -> Row:
         model, options = MODELS[name](folder, quick)
         rows = []
         for precision in PRECISIONS[:2] if quick else PRECISIONS:
-            for target in TARGETS:
+            for target in TARGETS[name]:
                 out = folder / f"{precision}-{target}"
                 started = time.perf_counter()
                 report = build(model, target=[target], quantize=precision, output=out, **options)

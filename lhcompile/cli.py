@@ -375,9 +375,11 @@ def _print_distilled(found: Any, *remarks: tuple[str, str]) -> None:
 
 def _print_manifest(found: Any) -> None:
     model, graphs = found.model, {name: entry.bytes for name, entry in found.files.items()}
+    targets = ", ".join([found.target, *(found.variants or {})])
     rows = [
         ("model", f"{model.family}, {model.parameters:,} parameters, context {model.context_length}"),
-        ("target", f"{', '.join([found.target, *(found.variants or {})])}, built by lhcompile {found.lhcompile_version}"),
+        ("target", f"{targets}, built by lhcompile {found.lhcompile_version}"),
+        *([("weights", found.quantize)] if found.quantize not in (None, "none") else []),
         ("states", str(len(found.states))),
         ("files", f"{_sizes(graphs)}; checksums match"),
     ]

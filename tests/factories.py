@@ -27,7 +27,7 @@ __all__ = [
 VOCAB, LENGTH, HEADS = 32, 48, 2
 
 
-def hyena(vocabulary: int = 256, width: int = 16, seed: int = 0) -> HyenaLM:
+def hyena(vocabulary: int = 256, width: int = 16, seed: int = 0, order: int = 2) -> HyenaLM:
     """A random two-layer model of context 64 whose logits are of unit scale."""
     torch.manual_seed(seed)
     config = HyenaConfig(
@@ -36,6 +36,7 @@ def hyena(vocabulary: int = 256, width: int = 16, seed: int = 0) -> HyenaLM:
         d_inner=2 * width,
         vocab_size=vocabulary,
         l_max=64,
+        order=order,
         emb_dim=5,
         filter_order=16,
         w=3.0,

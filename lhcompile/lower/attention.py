@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import opset20
 
-__all__ = ["attend", "attend_one", "position", "position_one"]
+__all__ = ["attend", "attend_one", "attend_one_chosen", "position", "position_one", "position_one_narrow"]
 
 Value = Any  # a value of the graph being traced
 op: Any = opset20
@@ -22,6 +22,13 @@ op: Any = opset20
 def position_one(signal: Value, start: Value) -> tuple[Value, Value]:
     """One token: its place is where the row stands. start: int64 [B, 1] → int64 [B, 1] both"""
     return op.Identity(start), op.Add(start, _ints(1))
+
+
+def position_one_narrow(signal: Value, start: Value) -> tuple[Value, Value]:
+    """The same with the sum in 32 bits, for targets without arithmetic of 64."""
+    narrow = op.Cast(start, to=ir.DataType.INT32)
+    after = op.Add(narrow, _constant(np.array([1], np.int32)))
+    return op.Identity(start), op.Cast(after, to=ir.DataType.INT64)
 
 
 def position(signal: Value, start: Value) -> tuple[Value, Value]:
@@ -33,22 +40,23 @@ def position(signal: Value, start: Value) -> tuple[Value, Value]:
 def attend_one(
     q: Value, k: Value, v: Value, keys: Value, values: Value, start: Value, scale: float
 ) -> tuple[Value, Value, Value]:
-    """One token. Its key and value are scattered into their place, no cache is repeated for heads; how the products are
-    written was measured (docs/decisions/008)."""
-    _, groups, capacity, width = _sizes(keys)
-    heads, value_width = int(q.shape[2]), int(v.shape[3])
-    shared = heads // groups
-    slots = _constant(np.arange(capacity))
+    """One token. Its key and value are scattered into their place."""
+    slots = _constant(np.arange(int(keys.shape[2])))
     keys, values = _put(keys, k, start), _put(values, v, start)
-    asked = op.Reshape(_scaled(q, scale), _ints(0, groups, shared, width))
-    if shared == 1:
-        scores = op.MatMul(asked, op.Transpose(keys, perm=[0, 1, 3, 2]))
-    else:
-        scores = op.MatMul(keys, op.Transpose(asked, perm=[0, 1, 3, 2]))
-        scores = op.Transpose(scores, perm=[0, 1, 3, 2])
-    later = op.Unsqueeze(op.Greater(slots, start), _ints(1, 2))  # [B, 1, 1, C]
-    weights = op.Softmax(op.Where(later, _hidden(), scores), axis=-1)
-    return op.Reshape(op.MatMul(weights, values), _ints(0, 1, heads, value_width)), keys, values
+    return _heard(q, k, v, keys, values, op.Greater(slots, start), scale), keys, values
+
+
+def attend_one_chosen(
+    q: Value, k: Value, v: Value, keys: Value, values: Value, start: Value, scale: float
+) -> tuple[Value, Value, Value]:
+    """The same for targets that scatter nothing and compare 32 bits: every entry is chosen, the old or the new."""
+    place = op.Cast(start, to=ir.DataType.INT32)
+    slots = _constant(np.arange(int(keys.shape[2]), dtype=np.int32))
+    here = op.Unsqueeze(op.Equal(slots, place), _ints(1, 3))  # [B, 1, C, 1]
+    keys, values = (
+        op.Where(here, op.Transpose(new, perm=[0, 2, 1, 3]), cache) for cache, new in ((keys, k), (values, v))
+    )
+    return _heard(q, k, v, keys, values, op.Greater(slots, place), scale), keys, values
 
 
 def attend(
@@ -75,6 +83,23 @@ def attend(
     heard = op.Reshape(heard, _ints(0, groups, shared, -1, value_width))
     y = op.Transpose(heard, perm=[0, 3, 1, 2, 4])
     return op.Reshape(y, _ints(0, 0, heads, value_width)), keys, values
+
+
+def _heard(q: Value, k: Value, v: Value, keys: Value, values: Value, later: Value, scale: float) -> Value:
+    """What one token's queries hear of caches that hold its k and v; later: bool [B, C], the entries behind it.
+
+    No cache is repeated for heads; how the products are written was measured (docs/decisions/008).
+    """
+    groups, width, heads, value_width = (int(size) for size in (k.shape[2], k.shape[3], q.shape[2], v.shape[3]))
+    shared = heads // groups
+    asked = op.Reshape(_scaled(q, scale), _ints(0, groups, shared, width))
+    if shared == 1:
+        scores = op.MatMul(asked, op.Transpose(keys, perm=[0, 1, 3, 2]))
+    else:
+        scores = op.MatMul(keys, op.Transpose(asked, perm=[0, 1, 3, 2]))
+        scores = op.Transpose(scores, perm=[0, 1, 3, 2])
+    weights = op.Softmax(op.Where(op.Unsqueeze(later, _ints(1, 2)), _hidden(), scores), axis=-1)
+    return op.Reshape(op.MatMul(weights, values), _ints(0, 1, heads, value_width))
 
 
 def _put(cache: Value, new: Value, start: Value) -> Value:

@@ -34,6 +34,8 @@ op: Any = opset20
 class Lowering:
     """Translations of the lhc operators; `weights` gives the value of a weight by the name it has in the graph."""
 
+    gathers = False  # whether packed states are taken apart with Gather alone, for targets that scatter nothing
+
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         self._weights = weights
 
@@ -119,7 +121,7 @@ class Step(Lowering):
 
     def _packed(self, u: Value, system: RealModal, kept: torch.Tensor, state: Value, inner: int) -> tuple[Value, Value]:
         """The same with tables [states]: what a state hears is gathered, what it says is added up by filter."""
-        packed = _Packed(u, kept, system, inner)
+        packed = _Packed(u, kept, system, inner, self.gathers)
         p, q = (_constant(_aligned(x.flatten()[kept], packed.lead, inner)) for x in (system.own, system.other))
         old, new = packed.grouped(state), _grouped(u, packed.lead)
         s = op.Mul(old, p)
@@ -191,7 +193,7 @@ class Prefill(Lowering):
         system = self.system(own, other, readout, direct)
         tables, chunk, (order, filters) = chunk_tables(system, self.chunk), self.chunk, system.own.shape
         lead = _lead(u, filters, inner)
-        packed = None if kept is None else _Packed(u, self.weight(kept), system, inner)
+        packed = None if kept is None else _Packed(u, self.weight(kept), system, inner, self.gathers)
         shared = [filters, 1] if inner > 1 else [filters]
         rank = 1 + len(lead)  # batch and the channel axes: [lead…] below
 
@@ -232,16 +234,21 @@ class Prefill(Lowering):
 
 
 class _Packed:
-    """States of filters that differ in order, [batch, 1, outer · states · inner], in the graph being traced."""
+    """States of filters that differ in order, [batch, 1, outer · states · inner], in the graph being traced.
 
-    def __init__(self, u: Value, kept: torch.Tensor, system: RealModal, inner: int) -> None:
+    gathers: rows are taken apart with Gather alone, as they always are where a filter serves a block of channels
+    """
+
+    def __init__(self, u: Value, kept: torch.Tensor, system: RealModal, inner: int, gathers: bool) -> None:
         self.order, self.filters = system.own.shape
         self.index = packing(kept.numpy(), self.order, self.filters)
         self.lead = _lead(u, self.filters, inner)
         self.inner = [inner] if inner > 1 else []
         self.outer = self.lead[: len(self.lead) - 1 - len(self.inner)]
         self.axis = 2 + len(self.outer)  # of the filters, or of the states
-        self.zeros = None if self.inner else self._zeros(_grouped(u, self.lead))
+        self.gathers = gathers or inner > 1
+        self.fixed = u.shape[0] if isinstance(u.shape[0], int) else None
+        self.zeros = None if self.gathers or self.fixed else self._zeros(_grouped(u, self.lead))
 
     def take(self, x: Value, index: NDArray[np.int32]) -> Value:
         """Entries of the axis of filters or states: [batch, 1, …, n, …] and index [m] → [batch, 1, …, m, …]
@@ -249,7 +256,7 @@ class _Packed:
         On a CPU, Gather takes 8 ns an entry whatever its size, so it is for entries of many numbers. GatherElements
         takes 1 ns a number, but wants an index for every row of the batch.
         """
-        if self.inner:
+        if self.gathers:
             return op.Gather(x, _constant(index), axis=self.axis)
         return op.GatherElements(x, self._everywhere(index), axis=self.axis)
 
@@ -260,12 +267,15 @@ class _Packed:
 
     def _everywhere(self, index: NDArray[np.int32]) -> Value:
         """[m] → [batch, 1, (outer), m]"""
+        if self.fixed:
+            return _constant(np.broadcast_to(index, (self.fixed, 1, *self.outer, len(index))))
         return op.Add(self.zeros, _constant(index.astype(np.int64)))
 
     def read(self, states: Value, readout: torch.Tensor, direct: Value) -> Value:
         """direct + Σ readout ∘ states over the states of each filter, [batch, 1, lead…]; readout: [order, filters]"""
-        if self.inner:  # readout is zero wherever `rows` holds no state
-            rows = op.Mul(self.rows(states), _constant(readout.unsqueeze(-1)))
+        if self.gathers:  # readout is zero wherever `rows` holds no state
+            table = readout.unsqueeze(-1) if self.inner else readout
+            rows = op.Mul(self.rows(states), _constant(table))
             return op.Add(op.ReduceSum(rows, _ints(self.axis), keepdims=0), direct)
         said = op.Mul(states, _constant(readout.flatten()[self.index.kept]))
         return op.ScatterElements(direct, self._everywhere(self.index.sources), said, axis=self.axis, reduction="add")

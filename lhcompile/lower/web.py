@@ -1,9 +1,45 @@
-"""The lowering for browsers: one row, so that every shape of the step graph is static."""
+"""The lowering for browsers: one row, and a step without an operator that would leave the GPU.
+
+onnxruntime-web runs what its WebGPU provider has no kernel for on the CPU, and every change of sides costs a copy and a
+wait. So a step scatters nothing, and computes nothing with 64-bit integers but what a Gather takes as its index.
+"""
 
 from __future__ import annotations
 
-from lhcompile.lower.portable import Prefill, Step
+import onnx_ir as ir
 
-__all__ = ["BATCH", "Prefill", "Step"]
+from lhcompile.lower import attention, portable
+from lhcompile.lower.portable import Prefill
+
+__all__ = ["BATCH", "WEBGPU", "WEBGPU_OF", "Prefill", "Step", "without_kernel"]
 
 BATCH: int | None = 1
+WEBGPU_OF = "onnxruntime-web 1.30.0"
+WEBGPU = frozenset(
+    [
+        "Abs", "Acos", "Acosh", "Add", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh", "AveragePool",
+        "BatchNormalization", "Cast", "Ceil", "Clip", "Concat", "Conv", "ConvTranspose", "Cos", "Cosh", "CumSum",
+        "DepthToSpace", "DequantizeLinear", "Div", "Einsum", "Elu", "Equal", "Erf", "Exp", "Expand", "Flatten",
+        "Floor", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "GlobalAveragePool", "GlobalMaxPool",
+        "Greater", "GreaterOrEqual", "GridSample", "HardSigmoid", "HardSwish", "If", "InstanceNormalization",
+        "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "MatMul", "MaxPool", "Mul", "Neg", "Not",
+        "Pad", "Pow", "Range", "Reciprocal", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax",
+        "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "Resize",
+        "ScatterND", "Shape", "Sigmoid", "Sin", "Sinh", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tan",
+        "Tanh", "ThresholdedRelu", "Tile", "Transpose", "Unsqueeze", "Where",
+    ]
+)
+"""Operators of opset 20 that WebGPU has kernels for in `WEBGPU_OF`, or needs none for (Reshape, Shape)."""
+
+
+class Step(portable.Step):
+    """One token of one row."""
+
+    gathers = True
+    position = staticmethod(attention.position_one_narrow)
+    attention = staticmethod(attention.attend_one_chosen)
+
+
+def without_kernel(model: ir.Model) -> list[str]:
+    """The operators of a graph that the WebGPU provider has no kernel for, sorted."""
+    return sorted({node.op_type for node in model.graph.all_nodes() if node.domain or node.op_type not in WEBGPU})

@@ -24,9 +24,11 @@ Array = NDArray[Any]
 BLOCK, SMALLER = 32, 16
 """Inputs that share a scale of 4-bit codes, and of 8-bit ones in the fused kernel: the first that divides their number,
 because engines other than onnxruntime refuse a last block of fewer."""
-_LEVELS = 64
-"""Codes of a signal on either side of zero. CPUs without VNNI add two products of a byte with a byte in 16 bits: with
-2 · (2 · 64) · 127 they do not overflow."""
+_NARROW = 7
+"""Bits of weights that are multiplied as bytes. CPUs without VNNI add two products in 16 bits, where 2 · 255 · 64 fits
+and 2 · 255 · 128 does not; taking the bit from the signal instead changes the logits more (docs/decisions/013)."""
+_LEVELS = 127
+"""Codes of a signal on either side of zero."""
 _SMALLEST = 1e-30
 """A row of a signal below it is taken for zero."""
 _SIGNED_BYTES = 4
@@ -42,12 +44,12 @@ def linear_weight(bits: int) -> Form:
 
 
 def integer_products() -> Form:
-    """8 bits: the step graph as in `linear_weight`, and prefill with products of bytes from the same codes.
+    """Codes of 7 bits in 8: the step graph as in `linear_weight`, and prefill with products of bytes.
 
-    A row of the signal is rounded to 7 bits by its own largest number, so that no token depends on what others are in
-    the call: x ≈ a (q − 64), y = a · s ∘ MatMulInteger(q, codes).
+    A row of the signal is rounded to 8 bits by its own largest number, so that no token depends on what others are in
+    the call: x ≈ a (q − 128), y = a · s ∘ MatMulInteger(q, codes).
     """
-    return Form(partial(_store_linear, 8), _dequantize, _multiply)
+    return Form(partial(_store_linear, _NARROW), _dequantize, _multiply)
 
 
 def fused_weight(bits: int) -> Form:
@@ -69,8 +71,8 @@ def _store_linear(bits: int, use: Use) -> Stored:
     codes = round_rows(rows, bits, _block(rows) if bits == 4 else None)
     columns = np.ascontiguousarray(codes.codes.T)
     scales = np.ascontiguousarray(codes.scales.T)
-    tensor = ir.tensor(columns) if bits == 8 else _packed(columns)
-    return Stored({f"int{bits}": tensor, "scales": ir.tensor(scales[0] if len(scales) == 1 else scales)}, codes.values)
+    role, tensor = ("int4", _packed(columns)) if bits == 4 else ("int8", ir.tensor(columns))
+    return Stored({role: tensor, "scales": ir.tensor(scales[0] if len(scales) == 1 else scales)}, codes.values)
 
 
 def _packed(codes: Array) -> ir.PackedTensor:
@@ -131,7 +133,7 @@ def _multiply(writer: Writer, use: Use, stored: Stored) -> None:
     x, op = writer.signal, writer.op
     largest = op("ReduceMax", op("Abs", x), writer.ints(-1), keepdims=1)
     unit = op("Mul", op("Max", largest, writer.number(_SMALLEST)), writer.number(1 / _LEVELS))
-    zero = writer.constant(np.array(_LEVELS, np.uint8))
+    zero = writer.constant(np.array(_LEVELS + 1, np.uint8))
     bytes_ = op("QuantizeLinear", op("Div", x, unit), writer.number(1), zero)
     total = op("Cast", op("MatMulInteger", bytes_, codes, zero), to=ir.DataType.FLOAT.value)
     writer.become(op("Mul", op("Mul", total, scales), unit))

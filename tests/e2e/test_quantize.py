@@ -43,7 +43,7 @@ def cell(
 def test_the_report_has_both_stages_of_every_target(cell: tuple[str, tuple[str, ...], Path]) -> None:
     precision, targets, out = cell
     report = report_of(out)
-    first, *others = targets
+    _, *others = targets
     expected = [f"{kind}, {target}" for target in reversed(others) for kind in ("onnx", precision)]
     names = [stage["name"] for stage in report["stages"]]
     assert names == ["reference", "captured", "distilled", "streamed", *expected, "onnx", precision]
@@ -62,7 +62,7 @@ def test_the_manifest_has_the_figures_of_what_was_written(cell: tuple[str, tuple
 
 
 def test_it_verifies_and_generates(cell: tuple[str, tuple[str, ...], Path], checkpoint: Path) -> None:
-    precision, targets, out = cell
+    _, targets, out = cell
     rows = done("verify", out, "--against", checkpoint).rows
     assert rows["cuts"].startswith(f"{4 * len(targets)} ways")
     assert len(done("generate", out, "--prompt", "def ", "-n", 8, "--temperature", 0).out) > 4
