@@ -11,8 +11,9 @@ import onnx_ir as ir
 
 from lhcompile.artifacts import Distilled, LoadedModel, Lowered, Program, Quantized
 from lhcompile.errors import DestinationError
-from lhcompile.lower import WEIGHTS_NAME, weight_places, write_graphs
+from lhcompile.lower import WEIGHTS_NAME, masked, weight_places, write_graphs
 from lhcompile.package import Link, Source
+from lhcompile.package.genai import PROVIDERS, GenaiFiles, genai_files
 from lhcompile.package.manifest import (
     Distillation,
     ExternalWeights,
@@ -31,8 +32,9 @@ from lhcompile.package.manifest import (
 from lhcompile.verify import summary
 from lhcompile.verify.model import BudgetReport, GraphReport, ModelReport, Report, StageFidelity, WeightsReport
 
-__all__ = ["VERSIONED", "fidelity_of", "graph_files", "graph_names", "manifest_of", "report_of"]
+__all__ = ["VERSIONED", "fidelity_of", "genai_of", "graph_files", "graph_names", "manifest_of", "report_of"]
 
+MASKED = ("step.masked.onnx", "prefill.masked.onnx")
 VERSIONED = ("lhcompile", "torch", "onnx", "onnxruntime", "onnxscript", "numpy")
 def graph_names(targets: Sequence[Lowered]) -> list[tuple[str, str]]:
     """File names of each target's step and prefill graphs; the same twice where one graph is both."""
@@ -43,19 +45,30 @@ def graph_names(targets: Sequence[Lowered]) -> list[tuple[str, str]]:
     return names
 
 
-def graph_files(targets: Sequence[Lowered], place: Path) -> dict[str, Source]:
+def graph_files(targets: Sequence[Lowered], place: Path, mask: bool = False) -> dict[str, Source]:
     """The graphs of every target, and their weights if those are large or shared, as files in the workspace `place`.
 
+    mask: and those with an attention_mask of the first target that onnxruntime-genai runs
     Raises DestinationError where they cannot be written.
     """
     graphs: dict[str, ir.Model] = {}
     for lowered, names in zip(targets, graph_names(targets), strict=True):
         graphs |= dict(zip(names, (lowered.step, lowered.prefill), strict=True))
+    if mask:
+        stopping = masked(next(lowered for lowered in targets if lowered.target in PROVIDERS))
+        graphs |= dict(zip(MASKED, (stopping.step, stopping.prefill), strict=True))
     try:
-        paths = write_graphs(graphs, place, shared=len(targets) > 1)
+        paths = write_graphs(graphs, place, shared=mask or len(targets) > 1)
     except OSError as error:
         raise DestinationError(f"cannot write into {place.parent}: {error.strerror or error}") from error
     return {path.name: Link(path) for path in paths}
+
+
+def genai_of(manifest: Manifest, tokenizer: Path | None, mask: bool) -> GenaiFiles:
+    """What onnxruntime-genai reads beside the graphs; tokenizer: the file that becomes tokenizer.json."""
+    step, prefill = (Graph(file=name) for name in MASKED)
+    stopping = Graphs(step=step, prefill=prefill) if mask else None
+    return genai_files(manifest, None if tokenizer is None else tokenizer.read_bytes(), stopping)
 
 
 def manifest_of(

@@ -151,11 +151,19 @@ class LowerConfig(_Config):
         ["cpu"], min_length=1, description="Kind of runtime the graphs are made for; more than once for several."
     )
 
+    mask: bool = Field(
+        False,
+        description="Also graphs with an attention_mask that stops rows, for batches of prompts that differ in length "
+        "(targets cpu and cuda).",
+    )
+
     @model_validator(mode="after")
     def _each_once(self) -> LowerConfig:
         twice = {target for target in self.target if self.target.count(target) > 1}
         if twice:
             raise ValueError(f"{min(twice)} is named twice")
+        if self.mask and not {"cpu", "cuda"} & set(self.target):
+            raise ValueError("--mask is for the targets cpu and cuda")
         return self
 
 

@@ -28,7 +28,7 @@ from lhruntime import Session
 
 from lhcompile import verify
 from lhcompile.artifacts import LoadedModel, Lowered, Program
-from lhcompile.assemble import fidelity_of, graph_files, manifest_of, report_of
+from lhcompile.assemble import fidelity_of, genai_of, graph_files, manifest_of, report_of
 from lhcompile.calibrate import SAMPLED_LENGTH, calibrate, check_readable, token_limit
 from lhcompile.capture import capture
 from lhcompile.config import BuildConfig, DistillConfig
@@ -72,11 +72,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Contents:
-    """A directory to be: its files, and its manifest without figures."""
+    """A directory to be: its files, and its manifest without figures.
+
+    genai: the files that onnxruntime-genai alone reads; notes: what to know of them
+    """
 
     name: str
     files: dict[str, Source]
     manifest: Manifest
+    genai: frozenset[str]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,9 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
             stages = _measure(compiled, place, say)
         with progress.stage("package"):
             files, manifest = compiled.product.files, compiled.product.manifest
-            sizes = {name: size_of(file) for name, file in files.items()}
+            sizes = {name: size_of(file) for name, file in files.items() if name not in compiled.product.genai}
             report = compiled.report.measured(stages, sizes, progress.timings)
+            report = report.model_copy(update={"genai": list(compiled.product.notes)})
             figures = {"fidelity": fidelity_of(stages), "timings": report.timings}
             files["report.json"] = report.model_dump_json(indent=1).encode()
             files["report.html"] = render_report(report).encode()
@@ -164,7 +170,7 @@ def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, c
     report = report_of(
         loaded, quantized[0], streamed, distilled, stages, graph, config.distill.rise, command, sequences.source
     )
-    contents = partial(_contents, loaded, streamed, report, config.calibration.tokenizer, place)
+    contents = partial(_contents, loaded, streamed, report, config, place)
     smaller = config.quantize.quantize != "none"
     return _Compiled(
         targets={lowered.target: lowered.batch for lowered in targets},
@@ -181,17 +187,20 @@ def _contents(
     loaded: LoadedModel,
     program: Program,
     report: Report,
-    tokenizer: Path | None,
+    config: BuildConfig,
     place: Path,
     name: str,
     targets: list[Lowered],
 ) -> _Contents:
     """The graphs of every target, written into a folder of their own in `place`, and what goes with them."""
     (place / name).mkdir()
-    files = graph_files(targets, place / name)
+    tokenizer = config.calibration.tokenizer
+    files = graph_files(targets, place / name, config.lower.mask)
     if tokenizer is not None:
         files["tokenizer.json"] = tokenizer
-    return _Contents(name, files, manifest_of(loaded, targets, program, report, tokenizer is not None))
+    manifest = manifest_of(loaded, targets, program, report, tokenizer is not None)
+    genai = genai_of(manifest, tokenizer, config.lower.mask)
+    return _Contents(name, files | genai.files, manifest, frozenset(genai.files), genai.notes)
 
 
 def _measure(compiled: _Compiled, place: Path, say: Callable[[str], None]) -> list[StageFidelity]:

@@ -15,8 +15,9 @@ from lhcompile.config import Target
 from lhcompile.lower import cpu, cuda, mcu, portable, web
 from lhcompile.lower.export import export_onnx
 from lhcompile.lower.external import WEIGHTS_NAME, weight_places, write_graphs
+from lhcompile.lower.masked import masked
 
-__all__ = ["WEIGHTS_NAME", "lower", "weight_places", "write_graphs"]
+__all__ = ["WEIGHTS_NAME", "lower", "masked", "weight_places", "write_graphs"]
 
 _TARGETS: dict[Target, ModuleType] = {"portable": portable, "cpu": cpu, "cuda": cuda, "web": web, "mcu": mcu}
 

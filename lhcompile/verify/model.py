@@ -196,7 +196,8 @@ class GraphReport(_Part):
 class Report(_Part):
     """Everything a build has to say. `stages` begins with the reference; the last one is what was written.
 
-    calibration: where the sequences came from; notes: what loading assumed or skipped
+    calibration: where the sequences came from; notes: what loading assumed or skipped; genai: what to know of
+        onnxruntime-genai, or why it cannot run the build
     layers: in the model's order; timings: stage → seconds; files: name → bytes
     state_bytes: all states of one sequence, short convolutions included; capacity: positions that those which grow
         with it have room for, None where none does
@@ -210,6 +211,7 @@ class Report(_Part):
     versions: dict[str, str] = {}
     calibration: str | None = None
     notes: list[str] = []
+    genai: list[str] = []
     stages: list[StageFidelity]
     layers: list[LayerReport] = []
     samples: list[FilterSample] = []

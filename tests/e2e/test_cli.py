@@ -24,8 +24,14 @@ from torch import nn
 
 from lhcompile.load.safari import HyenaLM
 
-STAGES = ["load", "capture", "recognize", "calibrate", "distill", "streamify", "lower", "compare", "verify", "package"]
+STAGES = [
+    "load", "capture", "recognize", "calibrate", "distill", "streamify", "lower", "quantize", "compare", "verify",
+    "package",
+]  # fmt: skip
 WRITTEN = {"manifest.json", "prefill.onnx", "report.html", "report.json", "step.onnx"}
+GENAI = {"genai_config.json", "genai_pack.onnx", "genai_unpack.onnx"}
+BYTES = {"tokenizer.json", "tokenizer_config.json"}
+"""What onnxruntime-genai reads where it takes states packed, and of a byte model."""
 TOLERANCE = 1e-3
 """Largest |Δlogit| an exact build may have, at logits of unit scale."""
 
@@ -67,7 +73,7 @@ def exact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 def test_an_exact_build_says_what_it_did(exact: tuple[Path, dict[str, str], str]) -> None:
     out, rows, stages = exact
-    assert {path.name for path in out.iterdir()} == WRITTEN
+    assert {path.name for path in out.iterdir()} == WRITTEN | GENAI | BYTES
     assert re.findall(r"✓ (\w+) +\d+\.\d s", stages) == STAGES
     assert re.fullmatch(r"\d+\.\d{5} nats per token, 126 held-out tokens", rows["loss, reference"])
     assert rows["loss, compiled"].endswith("(+0.000%)")
@@ -182,7 +188,7 @@ def test_force_replaces_a_build_whole(tmp_path: Path) -> None:
     (out / "mine.txt").write_text("left here")
     first = manifest_of(out)
     done("build", "factories:Tiny", "-o", out, "--order", 4, "--sequences", 2, "--force")
-    assert {path.name for path in out.iterdir()} == WRITTEN
+    assert {path.name for path in out.iterdir()} == WRITTEN | GENAI
     assert manifest_of(out)["distillation"] != first["distillation"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -233,7 +239,7 @@ def test_inspect_a_built_directory(order_4: Path) -> None:
 
 def test_verify_a_directory_alone(order_4: Path) -> None:
     assert done("verify", order_4).rows == {
-        "files": "4 checksums match",
+        "files": "7 checksums match",
         "cuts": "4 ways of feeding a sequence agree, outputs and states",
     }
 

@@ -45,6 +45,7 @@ def beside(model: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_the_files_of_both(inline: Path, beside: Path) -> None:
     graphs = {"step.onnx", "prefill.onnx", "report.json", "report.html"}
+    graphs |= {"genai_config.json", "genai_pack.onnx", "genai_unpack.onnx"}
     for out, files in ((inline, graphs), (beside, graphs | {"weights.bin"})):
         listed = json.loads((out / "manifest.json").read_text())["files"]
         assert set(listed) == files
@@ -97,7 +98,7 @@ def test_the_same_outputs_bit_for_bit(inline: Path, beside: Path, cuts: list[int
 
 def test_verbs(beside: Path, model: list[object]) -> None:
     rows = done("verify", beside, "--against", *model).rows
-    assert rows["files"] == "5 checksums match"
+    assert rows["files"] == "8 checksums match"
     assert rows["loss, compiled"].endswith("(+0.000%)")
     assert "weights.bin" in done("inspect", beside).rows["files"]
     assert "weights.bin" in done("bench", beside, "--steps", 20, "--threads", 1).rows["files"]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
-from commands import done
+from commands import done, run
 from lhruntime import ArgumentError, FormatError, Session
 
 ALL = ("portable", "cpu", "cuda", "web", "mcu")
@@ -24,6 +25,7 @@ def several(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_target_has_its_graphs_and_weights_are_there_once(several: Path) -> None:
     names = {"step.onnx", "prefill.onnx", "weights.bin", "manifest.json", "report.json", "report.html"}
+    names |= {"genai_config.json", "tokenizer.json", "tokenizer_config.json"}
     names |= {f"{kind}.{target}.onnx" for kind in ("step", "prefill") for target in ALL[1:]}
     assert {path.name for path in several.iterdir()} == names - {"prefill.mcu.onnx"}
     graphs = sum(path.stat().st_size for path in several.glob("*.onnx"))
@@ -63,3 +65,26 @@ def test_the_report_has_a_stage_for_each(several: Path) -> None:
 def test_a_target_that_was_not_built_is_refused(several: Path) -> None:
     with pytest.raises(ArgumentError, match=r"^there are no graphs for 'toaster' in it, only for portable, cpu, cuda"):
         Session.load(several, target="toaster")
+
+
+def test_graphs_with_a_mask_stop_rows(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done("build", checkpoint, "-o", out, "--order", 4, "--sequences", 2, "--mask")
+    config = json.loads((out / "genai_config.json").read_text())
+    files = [next(iter(graph.values()))["filename"] for graph in config["model"]["decoder"]["pipeline"]]
+    assert files == ["prefill.masked.onnx", "step.masked.onnx"]
+    step = onnxruntime.InferenceSession(out / "step.masked.onnx", providers=["CPUExecutionProvider"])
+    draw = np.random.default_rng(0)
+    states = {
+        entry.name: draw.standard_normal([2, *entry.shape[1:]], np.float32) for entry in step.get_inputs()[2:]
+    }
+    feeds = {"input_ids": np.array([[65], [66]]), "attention_mask": np.array([[1], [0]]), **states}
+    _, *after = step.run(None, feeds)
+    for before, new in zip(states.values(), after, strict=True):
+        np.testing.assert_array_equal(new[1], before[1])
+        assert np.abs(new[0] - before[0]).max() > 0
+
+
+def test_a_mask_is_for_targets_that_onnxruntime_genai_runs(checkpoint: Path, tmp_path: Path) -> None:
+    outcome = run("build", checkpoint, "-o", tmp_path / "out", "--target", "web", "--mask")
+    assert (outcome.code, "--mask is for the targets cpu and cuda" in outcome.err) == (2, True)
