@@ -3,43 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
-from models import (
-    ORDERS,
-    GivenModal,
-    HeadsBetween,
-    HeadsInnermost,
-    HeadsOutermost,
-    Hyena,
-    LearnedPositions,
-    Mixed,
-    RotaryAttention,
-    program_of,
-    with_modal,
-)
+from models import ORDERS, TINY_MODELS, program_of, with_modal
+from streams import Built
 
-from lhcompile.artifacts import Lowered, Program
 from lhcompile.lower import lower
 from lhcompile.streamify import streamify
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first
-
-TINY_MODELS = {
-    "per channel": (Hyena, Mixed),
-    "shared": (HeadsInnermost, HeadsOutermost, HeadsBetween),
-    "hybrid": (LearnedPositions, Hyena, RotaryAttention, GivenModal, RotaryAttention),
-}
-
-
-@dataclass(frozen=True)
-class Built:
-    """A tiny model after two stages; tests must not change it."""
-
-    program: Program
-    lowered: Lowered
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ __all__ = [
     "CONTEXT",
     "HEADS",
     "ORDERS",
+    "TINY_MODELS",
     "VOCAB",
     "WIDTH",
     "GivenModal",
@@ -284,3 +285,11 @@ def with_modal(program: Program, slots: int = 3, largest: float = 0.97, orders: 
     module.graph.eliminate_dead_code()
     module.recompile()
     return program
+
+
+TINY_MODELS = {
+    "per channel": (Hyena, Mixed),
+    "shared": (HeadsInnermost, HeadsOutermost, HeadsBetween),
+    "hybrid": (LearnedPositions, Hyena, RotaryAttention, GivenModal, RotaryAttention),
+}
+"""Models that the fixture `built` makes."""

@@ -18,13 +18,13 @@ import onnx
 import openvino
 import pytest
 import torch
-from conftest import TINY_MODELS, Built
 from emx_onnx_cgen.cli import main as generate_c
 from factories import hyena
 from lhruntime import Session
-from models import CONTEXT, ORDERS, VOCAB, program_of, with_modal
+from models import CONTEXT, ORDERS, TINY_MODELS, VOCAB, program_of, with_modal
 from onnx.reference import ReferenceEvaluator
 from streams import (
+    Built,
     Stream,
     assert_close,
     assert_parity,

@@ -40,7 +40,7 @@ class LoadedModel:
     input_dtype, input_tail: int64, () for tokens; float32, (channels,) for features
     output_dtype, width:     of the logits or values [batch, seq, width]
     piece:                   positions that prefill takes in a call, None where any number will do
-    device:                  where the states live, "cpu" or "cuda"
+    device, device_id:       where the states live, "cpu" or "cuda", and which of several
     weights:                 what both graphs read from a mapped file; they do not hold it themselves
     """
 
@@ -54,6 +54,7 @@ class LoadedModel:
     width: int
     piece: int | None
     device: str
+    device_id: int
     weights: tuple[ort.OrtValue, ...] = ()
 
 
@@ -87,6 +88,7 @@ def load_model(
     width = manifest.vocab_size or _last_dim(step.get_outputs(), graphs.step.file)
     for session, file, seq in ((step, graphs.step.file, "one"), (prefill, graphs.prefill.file, "seq")):
         _check_graph(session, file, manifest, batch, seq, channels, width)
+    provider = step.get_providers()[0]
     return LoadedModel(
         manifest=manifest,
         fingerprint=manifest.fingerprint,
@@ -97,7 +99,8 @@ def load_model(
         output_dtype=_output_dtype(manifest.output, graphs.prefill.file, step, prefill),
         width=width,
         piece=piece if isinstance(piece := prefill.get_inputs()[0].shape[1], int) else None,
-        device=_DEVICES.get(step.get_providers()[0], "cpu"),
+        device=_DEVICES.get(provider, "cpu"),
+        device_id=int(step.get_provider_options()[provider].get("device_id", 0)),
         weights=tuple(mapped.values()),
     )
 

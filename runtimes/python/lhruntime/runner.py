@@ -1,7 +1,9 @@
 """Runs the two graphs over states that stay in place.
 
 The states exist twice. Side 0 is read while side 1 is written, then the sides change roles, so that no call
-allocates or copies a state: one IO binding per side, made once, serves every step.
+allocates or copies a state: one IO binding per side, made once, serves every step. Where the graphs run on a device,
+an input that they read on the other side of the bus is copied across as it is bound, so each step binds its inputs
+again.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ class Runner:
 
     def step(self) -> Array:
         """Consume step_input; output [batch, 1, width], a buffer that the next step overwrites."""
-        self._model.step.run_with_iobinding(self._step_bindings[self._now])
+        binding = self._step_bindings[self._now]
+        if self._model.device != "cpu":
+            self._bind_inputs(binding, self._now, self.step_input)
+        self._model.step.run_with_iobinding(binding)
         self._now = 1 - self._now
         return self._step_output
 
@@ -67,17 +72,22 @@ class Runner:
 
     def _allocate(self) -> list[ort.OrtValue]:
         return [
-            ort.OrtValue.ortvalue_from_shape_and_type(shape, spec.dtype.type, self._model.device)
+            ort.OrtValue.ortvalue_from_shape_and_type(
+                shape, spec.dtype.type, self._model.device, self._model.device_id
+            )
             for spec, shape in zip(self._specs, self._shapes, strict=True)
         ]
 
     def _bind(self, graph: ort.InferenceSession, side: int, values: Array, output: Array) -> ort.IOBinding:
         """Read states from one side, write them to the other; values and output are used in place."""
         binding = graph.io_binding()
-        manifest = self._model.manifest
-        binding.bind_ortvalue_input(manifest.input, ort.OrtValue.ortvalue_from_numpy(values))
-        binding.bind_ortvalue_output(manifest.output, ort.OrtValue.ortvalue_from_numpy(output))
-        for spec, old, new in zip(self._specs, self._sides[side], self._sides[1 - side], strict=True):
-            binding.bind_ortvalue_input(spec.input, old)
+        self._bind_inputs(binding, side, values)
+        binding.bind_ortvalue_output(self._model.manifest.output, ort.OrtValue.ortvalue_from_numpy(output))
+        for spec, new in zip(self._specs, self._sides[1 - side], strict=True):
             binding.bind_ortvalue_output(spec.output, new)
         return binding
+
+    def _bind_inputs(self, binding: ort.IOBinding, side: int, values: Array) -> None:
+        binding.bind_ortvalue_input(self._model.manifest.input, ort.OrtValue.ortvalue_from_numpy(values))
+        for spec, old in zip(self._specs, self._sides[side], strict=True):
+            binding.bind_ortvalue_input(spec.input, old)
