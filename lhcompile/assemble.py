@@ -36,6 +36,8 @@ __all__ = ["VERSIONED", "fidelity_of", "genai_of", "graph_files", "graph_names",
 
 MASKED = ("step.masked.onnx", "prefill.masked.onnx")
 VERSIONED = ("lhcompile", "torch", "onnx", "onnxruntime", "onnxscript", "numpy")
+
+
 def graph_names(targets: Sequence[Lowered]) -> list[tuple[str, str]]:
     """File names of each target's step and prefill graphs; the same twice where one graph is both."""
     names = []
@@ -64,11 +66,9 @@ def graph_files(targets: Sequence[Lowered], place: Path, mask: bool = False) -> 
     return {path.name: Link(path) for path in paths}
 
 
-def genai_of(manifest: Manifest, tokenizer: Path | None, mask: bool) -> GenaiFiles:
+def genai_of(manifest: Manifest, tokenizer: Path | None) -> GenaiFiles:
     """What onnxruntime-genai reads beside the graphs; tokenizer: the file that becomes tokenizer.json."""
-    step, prefill = (Graph(file=name) for name in MASKED)
-    stopping = Graphs(step=step, prefill=prefill) if mask else None
-    return genai_files(manifest, None if tokenizer is None else tokenizer.read_bytes(), stopping)
+    return genai_files(manifest, None if tokenizer is None else tokenizer.read_bytes(), manifest.masked)
 
 
 def manifest_of(
@@ -77,10 +77,12 @@ def manifest_of(
     program: Program,
     report: Report,
     tokenizer: bool,
+    mask: bool = False,
 ) -> Manifest:
     """manifest.json without figures of the graphs, and without its file list, which packaging fills in.
 
-    tokenizer: there is a tokenizer.json; without one the model reads bytes or takes ids.
+    tokenizer: there is a tokenizer.json; without one the model reads bytes or takes ids
+    mask: there are graphs with an attention_mask
     """
     tokens = program.signal.features is None
     modal = [layer for layer in report.layers if not layer.kept]
@@ -104,6 +106,7 @@ def manifest_of(
         tokenizer=_tokenizer(program, tokenizer),
         graphs=graphs[first.target],
         variants={target: each for target, each in graphs.items() if target != first.target} or None,  # type: ignore[misc]
+        masked=Graphs(step=Graph(file=MASKED[0]), prefill=Graph(file=MASKED[1])) if mask else None,
         inputs=Inputs(**{"tokens" if tokens else "features": program.signal.input}),
         outputs=Outputs(**{"logits" if tokens else "values": program.signal.output}),
         states=[

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lhcompile.errors import ConfigError
 
@@ -157,6 +157,11 @@ class LowerConfig(_Config):
         "(targets cpu and cuda).",
     )
 
+    @field_validator("target", mode="before")
+    @classmethod
+    def _one_alone(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _each_once(self) -> LowerConfig:
         twice = {target for target in self.target if self.target.count(target) > 1}
@@ -192,6 +197,12 @@ class BuildConfig(_Config):
     lower: LowerConfig = LowerConfig()
     quantize: QuantizeConfig = QuantizeConfig()
     package: PackageConfig
+
+    @model_validator(mode="after")
+    def _fits(self) -> BuildConfig:
+        if self.lower.mask and self.quantize.quantize == "int8":
+            raise ValueError("--mask and --quantize int8 exclude each other: onnxruntime cannot load such graphs")
+        return self
 
     @classmethod
     def sections(cls) -> dict[str, type[_Config]]:

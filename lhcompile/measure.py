@@ -57,7 +57,7 @@ class Agreement:
         self.kl_mean = sums[1] / sums[3]
         self.top1_agreement = sums[2] / sums[3]
         worst = float((logits - reference).abs().max())
-        self.max_logit_difference = max(self.max_logit_difference, worst)
+        self.max_logit_difference = _larger(self.max_logit_difference, worst)
 
 
 @dataclass
@@ -79,7 +79,12 @@ class Deviation:
         self._squares[1] += float(truth.square().sum())
         self.positions += features.shape[0] * features.shape[1]
         self.relative_error = (self._squares[0] / max(self._squares[1], TINY)) ** 0.5
-        self.max_difference = max(self.max_difference, float(error.abs().max()))
+        self.max_difference = _larger(self.max_difference, float(error.abs().max()))
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger of two, NaN if b is."""
+    return a if b <= a else b
 
 
 class Reference:

@@ -22,7 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import torch
 from lhruntime import Session
 
@@ -33,14 +35,16 @@ from lhcompile.calibrate import SAMPLED_LENGTH, calibrate, check_readable, token
 from lhcompile.capture import capture
 from lhcompile.config import BuildConfig, DistillConfig
 from lhcompile.distill import distill
-from lhcompile.errors import DistillError
+from lhcompile.errors import ConfigError, DestinationError, DistillError
 from lhcompile.load import load
 from lhcompile.lower import lower
 from lhcompile.package import Manifest, Source, check_destination, package, size_of, workspace
+from lhcompile.package.genai import PROVIDERS, GenaiFiles
 from lhcompile.quantize import quantize
 from lhcompile.recognize import recognize
 from lhcompile.streamify import check_capacity, streamify
 from lhcompile.verify.graphs import check_graphs
+from lhcompile.verify.masked import check_masked
 from lhcompile.verify.model import Report, StageFidelity
 from lhcompile.verify.report import render_report
 
@@ -116,6 +120,7 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
     progress = progress or Progress()
     check_destination(config.package.output, config.package.force)
     check_readable(config.calibration)
+    _check_providers(config)
     with workspace(config.package.output) as place:
         compiled = _compile(model, config, progress, place, command)
         gc.collect()  # programs hold themselves in circles
@@ -133,10 +138,25 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
     return report
 
 
+def _check_providers(config: BuildConfig) -> None:
+    """Raise ConfigError for graphs that cannot be tried here."""
+    if "cuda" in config.lower.target and config.quantize.quantize == "bf16" and not _providers("cuda"):
+        raise ConfigError("products in bf16 run on a GPU alone: build for cuda where onnxruntime has it, or use fp16")
+
+
+def _providers(target: str) -> list[str | tuple[str, dict[str, Any]]] | None:
+    """What tries a target's graphs; None: a CPU."""
+    if target == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    return None
+
+
 def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, command: str) -> _Compiled:
     """Every stage that holds the model in torch, up to the graph files in `place`."""
     with progress.stage("load"):
         loaded = load(model, **dict(config.load))
+        if config.lower.mask and loaded.signal.features is not None:
+            raise ConfigError("--mask is for models of tokens")
     with progress.stage("capture"):
         captured = capture(loaded)
         probe = _probe(captured)
@@ -163,7 +183,10 @@ def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, c
         quantized = [quantize(lowered, config.quantize) for lowered in targets]
     with progress.stage("compare") as say:
         say(f"on {heldout.shape[:2].numel()} held-out positions")
-        reference = verify.Reference(loaded.module, heldout, place / "reference")
+        try:
+            reference = verify.Reference(loaded.module, heldout, place / "reference")
+        except OSError as error:
+            raise DestinationError(f"cannot write the source's outputs into {place}: {error.strerror}") from error
         programs = {"captured": captured, "distilled": distilled.program, "streamed": streamed}
         stages = verify.fidelity(reference, programs)
         expected = verify.fed(streamed, few)
@@ -174,9 +197,9 @@ def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, c
     smaller = config.quantize.quantize != "none"
     return _Compiled(
         targets={lowered.target: lowered.batch for lowered in targets},
-        onnx=contents("onnx", targets),
-        rounded=contents("rounded", [each.rounded for each in quantized]) if smaller else None,
-        quantized=contents("quantized", [each.lowered for each in quantized]) if smaller else None,
+        onnx=contents("onnx", targets, product=not smaller),
+        rounded=contents("rounded", [each.rounded for each in quantized], product=False) if smaller else None,
+        quantized=contents("quantized", [each.lowered for each in quantized], product=True) if smaller else None,
         report=report,
         expected=expected,
         reference=reference,
@@ -191,20 +214,22 @@ def _contents(
     place: Path,
     name: str,
     targets: list[Lowered],
+    product: bool,
 ) -> _Contents:
-    """The graphs of every target, written into a folder of their own in `place`, and what goes with them."""
+    """The graphs of every target, written into a folder of their own in `place`, and what goes with the product."""
     (place / name).mkdir()
     tokenizer = config.calibration.tokenizer
-    files = graph_files(targets, place / name, config.lower.mask)
+    mask = config.lower.mask and product
+    files = graph_files(targets, place / name, mask)
     if tokenizer is not None:
         files["tokenizer.json"] = tokenizer
-    manifest = manifest_of(loaded, targets, program, report, tokenizer is not None)
-    genai = genai_of(manifest, tokenizer, config.lower.mask)
+    manifest = manifest_of(loaded, targets, program, report, tokenizer is not None, mask)
+    genai = genai_of(manifest, tokenizer) if product else GenaiFiles({})
     return _Contents(name, files | genai.files, manifest, frozenset(genai.files), genai.notes)
 
 
 def _measure(compiled: _Compiled, place: Path, say: Callable[[str], None]) -> list[StageFidelity]:
-    """The figures of every stage; graphs are tried in a directory, driven as users will drive them.
+    """The figures of every stage; graphs are tried in a directory, through the runtime that users drive them with.
 
     Those of the graphs come last, target by target, and that of the first target at the very end. Quantized graphs are
     held against those of the weights' rounded values, their figures against the source.
@@ -218,6 +243,8 @@ def _measure(compiled: _Compiled, place: Path, say: Callable[[str], None]) -> li
 
     stages = list(compiled.report.stages)
     first, precision = next(iter(compiled.targets)), compiled.report.quantize
+    with_mask = compiled.product.manifest.masked is not None
+    stopping = next((target for target in compiled.targets if with_mask and target in PROVIDERS), None)
     for target in reversed(compiled.targets):
         behind = "" if target == first else f", {target}"
         say(f"feeding the graphs for {target} in every cut")
@@ -225,6 +252,8 @@ def _measure(compiled: _Compiled, place: Path, say: Callable[[str], None]) -> li
         verify.check_session(onnx, compiled.expected)
         say("measuring on the held-out positions")
         stages += verify.fidelity(compiled.reference, {f"onnx{behind}": onnx})[1:]
+        if compiled.quantized is None and target == stopping:
+            _check_masked(compiled, place, onnx, compiled.expected, verify.ONNX)
         del onnx  # its memory is for the next
         if compiled.rounded is None or compiled.quantized is None:
             continue
@@ -232,13 +261,31 @@ def _measure(compiled: _Compiled, place: Path, say: Callable[[str], None]) -> li
         expected = model(compiled.rounded, target).feed(tokens, [tokens.shape[1]])
         smaller = model(compiled.quantized, target, shared=False)
         say(f"feeding the graphs in {precision} for {target} in every cut")
-        verify.check_session(smaller, expected, verify.quantized_tolerance(target, precision))
+        tolerance = verify.quantized_tolerance(target, precision)
+        verify.check_session(smaller, expected, tolerance)
+        if target == stopping:
+            _check_masked(compiled, place, smaller, expected, tolerance)
         stages += verify.fidelity(compiled.reference, {f"{precision}{behind}": smaller})[1:]
+    verify.check_finite(stages)
     return stages
 
 
+def _check_masked(
+    compiled: _Compiled, place: Path, plain: verify.SessionModel, expected: verify.Fed, tolerance: verify.Tolerance
+) -> None:
+    contents = compiled.product
+    assert contents.manifest.masked is not None
+    folder = place / contents.name
+    step, prefill = contents.manifest.masked.step, contents.manifest.masked.prefill
+    check_masked(folder / step.file, folder / prefill.file, plain, expected, tolerance)
+
+
 def _open(directory: Path, target: str, shared: bool, batch: int) -> Session:
-    return Session.load(directory, target=target, batch=batch, verify=False, share_weights=shared)
+    providers = _providers(target)
+    shared = shared and providers is None
+    return Session.load(
+        directory, target=target, batch=batch, providers=providers, verify=False, share_weights=shared
+    )
 
 
 def _probe(program: Program) -> torch.Tensor:

@@ -196,6 +196,7 @@ class Manifest(_Part):
     """The whole of manifest.json.
 
     graphs: those of `target`; variants: those of other targets, with the same states
+    masked: those with an attention_mask [batch, total] behind the tokens, of the first target for cpu or cuda
     files: empty until the directory is written (`write.package`)
     """
 
@@ -208,6 +209,7 @@ class Manifest(_Part):
     tokenizer: Tokenizer | None = None
     graphs: Graphs
     variants: dict[Target, Graphs] | None = None
+    masked: Graphs | None = None
     inputs: Inputs
     outputs: Outputs
     states: list[State]
@@ -242,7 +244,7 @@ class Manifest(_Part):
     @property
     def named_files(self) -> list[str]:
         """The files that other parts of the manifest refer to."""
-        pairs = (self.graphs, *(self.variants or {}).values())
+        pairs = [pair for pair in (self.graphs, *(self.variants or {}).values(), self.masked) if pair is not None]
         graphs = [graph for pair in pairs for graph in (pair.step, pair.prefill)]
         named = [graph.file for graph in graphs]
         named += sorted({graph.weights.file for graph in graphs if graph.weights is not None})

@@ -56,7 +56,7 @@ def quantize(lowered: Lowered, config: QuantizeConfig) -> Quantized:
     return Quantized(
         lowered=replace(_both(lowered, quantized), precision=config.quantize),
         rounded=_both(lowered, rounded),
-        parts=tuple(cabinet.part(name) for name, cabinet in cabinets.items()),
+        parts=tuple(part for name, cabinet in cabinets.items() if (part := cabinet.part(name)).tensors),
     )
 
 

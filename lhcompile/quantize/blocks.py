@@ -97,7 +97,7 @@ def _store_table(bits: int, use: Use) -> Stored:
     rows = use.rows()
     codes = round_rows(rows, bits, _block(rows) if bits == 4 else None)
     if bits == 8:
-        return Stored({"int8": ir.tensor(codes.codes), "scales": ir.tensor(codes.scales)}, codes.values)
+        return Stored({"entries": ir.tensor(codes.codes), "entry_scales": ir.tensor(codes.scales)}, codes.values)
     blocks = _blocks(codes, codes.block + codes.block % 2)
     packed = nibbles(blocks[..., 0::2], blocks[..., 1::2])
     return Stored({"bytes": ir.tensor(packed), "byte_scales": ir.tensor(codes.scales[..., None])}, codes.values)

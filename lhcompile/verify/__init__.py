@@ -5,6 +5,7 @@ Parity means the whole sequence against every way of cutting it, outputs and fin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,8 +29,10 @@ __all__ = [
     "Fed",
     "Reference",
     "SessionModel",
+    "Tolerance",
     "assert_close",
     "check_cuts",
+    "check_finite",
     "check_session",
     "check_stage",
     "check_streamed",
@@ -139,6 +142,10 @@ class SessionModel:
         self._session.reset()
         return self._session
 
+    def close(self) -> None:
+        """Gives the session's memory back; another is opened when it is needed."""
+        self._session = None
+
     def __call__(self, tokens: Tensor) -> Tensor:
         return self.feed(tokens, [tokens.shape[1]]).logits
 
@@ -188,6 +195,14 @@ def check_cuts(model: SessionModel, tokens: Tensor, tolerance: Tolerance = ONNX)
 def fidelity(reference: Reference, stages: Mapping[str, Model]) -> list[StageFidelity]:
     """The reference and every stage on the reference's inputs, as they stand in the report."""
     return [_stage(name, result) for name, result in compare(reference, stages).items()]
+
+
+def check_finite(stages: Sequence[StageFidelity]) -> None:
+    """Raise ParityError for a stage that said something that is no number."""
+    for stage in stages:
+        figures = (stage.loss, stage.kl_mean, stage.relative_error, stage.max_difference)
+        if not all(math.isfinite(figure) for figure in figures if figure is not None):
+            raise ParityError(f"{stage.name}: outputs on held-out sequences are not finite")
 
 
 def _stage(name: str, result: Agreement | Deviation) -> StageFidelity:

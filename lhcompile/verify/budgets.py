@@ -35,6 +35,8 @@ ONNX = Tolerance("onnx", 5e-4, "another library's kernels, and states rounded to
 
 def quantized_tolerance(target: str, precision: str) -> Tolerance:
     """For graphs with quantized weights against those of the weights' rounded values in single precision."""
+    if precision == "none":
+        return ONNX
     if target == "cuda" and precision in ("fp16", "bf16"):
         share = {"fp16": 5e-3, "bf16": 4e-2}[precision]
         return Tolerance(precision, share, "signals are rounded to 16 bits around every product", on_average=True)

@@ -46,7 +46,8 @@ class ModelReport(_Part):
 class StageFidelity(_Part):
     """The model after one stage, against the reference on the same tokens.
 
-    name: reference, captured, distilled, streamed or onnx
+    name: reference, captured, distilled, streamed, onnx, and the precision of quantized graphs; of other targets than
+        the first the target behind a comma
     tokens: predicted tokens, or positions of a continuous signal
     relative_error: of a continuous signal, relative l2 error of the outputs
     max_difference: largest absolute difference of any output (0 for the reference)
@@ -238,11 +239,13 @@ class Report(_Part):
         return None if first is None or last is None or first == 0 else (last - first) / abs(first)
 
     def measured(self, stages: list[StageFidelity], files: dict[str, int], timings: dict[str, float]) -> Report:
-        """The same with the figures of every stage, the graphs' included; what was measured of the budget is theirs."""
+        """The same with the figures of every stage. The budget is held against the graphs before quantization."""
         seconds = {name: round(value, 3) for name, value in timings.items()}
         report = self.model_copy(update={"stages": stages, "files": files, "timings": seconds})
-        rise = report.loss_rise if stages[-1].relative_error is None else stages[-1].relative_error
-        budget = self.budget and self.budget.model_copy(update={"measured": rise})
+        distilled = next(stage for stage in stages if stage.name == "onnx")
+        rise = self.model_copy(update={"stages": [stages[0], distilled]}).loss_rise
+        measured = rise if distilled.relative_error is None else distilled.relative_error
+        budget = self.budget and self.budget.model_copy(update={"measured": measured})
         return report.model_copy(update={"budget": budget})
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import onnxruntime
 import pytest
 from commands import done, run
 from lhruntime import ArgumentError, FormatError, Session
+
+from lhcompile import assemble
+from lhcompile.artifacts import Lowered
+from lhcompile.lower import masked
 
 ALL = ("portable", "cpu", "cuda", "web", "mcu")
 
@@ -67,9 +72,10 @@ def test_a_target_that_was_not_built_is_refused(several: Path) -> None:
         Session.load(several, target="toaster")
 
 
-def test_graphs_with_a_mask_stop_rows(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["none", "bf16", "int4"])
+def test_graphs_with_a_mask_stop_rows(checkpoint: Path, tmp_path: Path, precision: str) -> None:
     out = tmp_path / "out"
-    done("build", checkpoint, "-o", out, "--order", 4, "--sequences", 2, "--mask")
+    done("build", checkpoint, "-o", out, "--order", 4, "--sequences", 2, "--mask", "--quantize", precision)
     config = json.loads((out / "genai_config.json").read_text())
     files = [next(iter(graph.values()))["filename"] for graph in config["model"]["decoder"]["pipeline"]]
     assert files == ["prefill.masked.onnx", "step.masked.onnx"]
@@ -85,6 +91,34 @@ def test_graphs_with_a_mask_stop_rows(checkpoint: Path, tmp_path: Path) -> None:
         assert np.abs(new[0] - before[0]).max() > 0
 
 
-def test_a_mask_is_for_targets_that_onnxruntime_genai_runs(checkpoint: Path, tmp_path: Path) -> None:
-    outcome = run("build", checkpoint, "-o", tmp_path / "out", "--target", "web", "--mask")
-    assert (outcome.code, "--mask is for the targets cpu and cuda" in outcome.err) == (2, True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target", "web"), "--mask is for the targets cpu and cuda"),
+        (("--quantize", "int8"), "--mask and --quantize int8 exclude each other"),
+        (("--target", "cuda", "--quantize", "bf16"), "products in bf16 run on a GPU alone"),
+    ],
+)
+def test_what_cannot_be_tried_is_refused(
+    checkpoint: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    outcome = run("build", checkpoint, "-o", tmp_path / "out", "--mask", *options)
+    assert (outcome.code, message in outcome.err) == (2, True), outcome.err
+
+
+def test_masked_graphs_that_do_not_stop_are_caught(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lazy(lowered: Lowered) -> Lowered:
+        """Graphs that take the mask and heed it in the prefill alone."""
+        right = masked(lowered)
+        step = right.step.clone()
+        for node in list(step.graph):
+            if node.op_type == "Where":
+                node.outputs[0].replace_all_uses_with(node.inputs[1], replace_graph_outputs=True)
+        return dataclasses.replace(right, step=step)
+
+    monkeypatch.setattr(assemble, "masked", lazy)
+    outcome = run("build", checkpoint, "-o", tmp_path / "out", "--order", 4, "--sequences", 2, "--mask")
+    assert outcome.code == 3
+    assert "of stopped rows differs" in outcome.err

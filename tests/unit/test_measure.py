@@ -81,3 +81,15 @@ def test_features_are_measured_by_the_error_of_the_values(tmp_path: Path) -> Non
     assert each.shape == (20,)
     assert float(each.mean()) == pytest.approx(found["wrong"].relative_error ** 2, rel=1e-6)
     assert float(each[3] / each[4]) == pytest.approx(float(error[3].square().sum() / error[4].square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_an_output_that_is_no_number_shows(tmp_path: Path, where: int) -> None:
+    def broken(tokens: Tensor) -> Tensor:
+        logits = always(P)(tokens).clone()
+        logits[where, 2, 1] = math.nan
+        return logits
+
+    found = compare(Reference(always(P), TOKENS, tmp_path / "r"), {"broken": broken, "whole": always(P)})
+    assert math.isnan(found["broken"].max_logit_difference)
+    assert found["whole"].max_logit_difference == 0.0

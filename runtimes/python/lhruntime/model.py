@@ -30,6 +30,8 @@ _ORT_TYPES = {
 }
 _OUTPUT_DTYPES = ("float32", "float16", "float64")
 _ERRORS_ONLY = 3
+_FLOAT32 = {"use_tf32": "0"}
+"""Options of CUDA: factors of float32 products keep their 24 bits, where TF32 would round them to 11."""
 _DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 
 
@@ -75,6 +77,8 @@ def load_model(
     provider or thread count that cannot be had.
     """
     chosen = _check_providers(providers)
+    if share_weights and chosen != ["CPUExecutionProvider"]:
+        raise ArgumentError("share_weights is for the CPU: a device needs weights of its own")
     graphs = _graphs(manifest, target)
     mapped: dict[WeightSpec, ort.OrtValue] = {}
 
@@ -122,7 +126,12 @@ def _check_providers(providers: Sequence[Provider] | None) -> list[Provider]:
         name = provider if isinstance(provider, str) else provider[0]
         if name not in available:
             raise ArgumentError(f"provider {name!r} is not in this onnxruntime, which has {known}")
-    return chosen
+    return [_exact(provider) for provider in chosen]
+
+
+def _exact(provider: Provider) -> Provider:
+    name, options = (provider, {}) if isinstance(provider, str) else provider
+    return (name, _FLOAT32 | options) if name == "CUDAExecutionProvider" else provider
 
 
 def _options(
