@@ -58,7 +58,7 @@ class Session:
         target:    the graphs to run, of those the directory was built with; the first if None
         batch:     how many streams run side by side
         providers: ONNX Runtime execution providers, the CPU if None; on CUDA the states stay on the device, and
-                   products of float32 keep its precision unless ("CUDAExecutionProvider", {"use_tf32": "1"}) asks for less
+                   products of float32 keep their precision unless the provider's option use_tf32 is "1"
         threads:   intra-op threads of each graph; ONNX Runtime decides if None
         verify:    compare size and sha256 of every listed file with the manifest first
         share_weights: both graphs read weights that lie in a file of their own where they are mapped, one copy
