@@ -162,11 +162,16 @@ class LowerConfig(_Config):
     def _one_alone(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _each_once(self) -> LowerConfig:
-        twice = {target for target in self.target if self.target.count(target) > 1}
+    @field_validator("target")
+    @classmethod
+    def _each_once(cls, value: list[Target]) -> list[Target]:
+        twice = {target for target in value if value.count(target) > 1}
         if twice:
             raise ValueError(f"{min(twice)} is named twice")
+        return value
+
+    @model_validator(mode="after")
+    def _mask_has_a_target(self) -> LowerConfig:
         if self.mask and not {"cpu", "cuda"} & set(self.target):
             raise ValueError("--mask is for the targets cpu and cuda")
         return self
@@ -232,4 +237,4 @@ def validated(config: type[Config], values: Mapping[str, object]) -> Config:
         first = error.errors()[0]
         where = str(first["loc"][-1]).replace("_", "-") if first["loc"] else ""
         reason = str(first["msg"]).removeprefix("Value error, ")
-        raise ConfigError(reason if "exclude each other" in reason else f"--{where}: {reason}") from None
+        raise ConfigError(reason if reason.startswith("--") else f"--{where}: {reason}") from None
