@@ -17,6 +17,7 @@ from torch.fx import node as fx_node
 from lhcompile.ssm import ModalSSM
 
 __all__ = [
+    "MASK",
     "Distilled",
     "DistilledLayer",
     "LoadedModel",
@@ -33,6 +34,9 @@ __all__ = [
     "module_path",
     "source_line",
 ]
+
+MASK = "attention_mask"
+"""Name of the input that stops rows, int64 [batch, total], where graphs have one."""
 
 map_nodes: Callable[..., Any] = fx_node.map_arg
 """map_nodes(arguments, f): nested arguments with each Node replaced by f(node)."""

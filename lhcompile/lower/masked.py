@@ -18,11 +18,10 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from lhcompile.artifacts import Lowered
+from lhcompile.artifacts import MASK, Lowered
 
-__all__ = ["MASK", "masked"]
+__all__ = ["masked"]
 
-MASK = "attention_mask"
 _END = 2**63 - 1
 
 

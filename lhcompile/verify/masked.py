@@ -9,11 +9,10 @@ import numpy as np
 import onnxruntime
 import torch
 
+from lhcompile.artifacts import MASK
 from lhcompile.verify import Fed, SessionModel, Tolerance, assert_close
 
 __all__ = ["check_masked"]
-
-MASK = "attention_mask"
 
 
 def check_masked(step: Path, prefill: Path, plain: SessionModel, expected: Fed, tolerance: Tolerance) -> None:

@@ -12,7 +12,8 @@ from models import VOCAB
 from numpy.typing import NDArray
 from streams import serialized
 
-from lhcompile.lower.masked import MASK, masked
+from lhcompile.artifacts import MASK
+from lhcompile.lower.masked import masked
 
 Arrays = list[NDArray[np.generic]]
 CASES = [("per channel", "packed"), ("shared", "modal"), ("hybrid", "exact")]
