@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
-from lhcompile.artifacts import Distilled, LoadedModel, Lowered, Program, Quantized
+from lhcompile.artifacts import Allotted, Distilled, LoadedModel, Lowered, Part, Program, Quantized
+from lhcompile.artifacts import State as LoweredState
+from lhcompile.config import BuildConfig
 from lhcompile.errors import DestinationError
-from lhcompile.lower import WEIGHTS_NAME, masked, weight_places, write_graphs
+from lhcompile.lower import WEIGHTS_NAME, weight_places, write_graphs
 from lhcompile.package import Link, Source
-from lhcompile.package.genai import PROVIDERS, GenaiFiles, genai_files
+from lhcompile.package.genai import GenaiFiles, genai_files
 from lhcompile.package.manifest import (
     Distillation,
     ExternalWeights,
@@ -30,10 +34,29 @@ from lhcompile.package.manifest import (
     Weight,
 )
 from lhcompile.verify import summary
-from lhcompile.verify.model import BudgetReport, GraphReport, ModelReport, Report, StageFidelity, WeightsReport
+from lhcompile.verify.model import (
+    BudgetReport,
+    GraphReport,
+    ModelReport,
+    Report,
+    RoundingBudget,
+    StageFidelity,
+    WeightPrecision,
+    WeightsReport,
+)
 
-__all__ = ["VERSIONED", "fidelity_of", "genai_of", "graph_files", "graph_names", "manifest_of", "report_of"]
+__all__ = [
+    "VERSIONED",
+    "fidelity_of",
+    "genai_of",
+    "graph_files",
+    "graph_names",
+    "manifest_of",
+    "report_of",
+    "rounding_of",
+]
 
+DECODE = "decode"
 MASKED = ("step.masked.onnx", "prefill.masked.onnx")
 VERSIONED = ("lhcompile", "torch", "onnx", "onnxruntime", "onnxscript", "numpy")
 
@@ -47,20 +70,27 @@ def graph_names(targets: Sequence[Lowered]) -> list[tuple[str, str]]:
     return names
 
 
-def graph_files(targets: Sequence[Lowered], place: Path, mask: bool = False) -> dict[str, Source]:
+def decode_names(targets: Sequence[Lowered]) -> list[str | None]:
+    """File name of each target's decode graph, None where it has none."""
+    names = [f"{DECODE}{f'.{lowered.target}' if index else ''}.onnx" for index, lowered in enumerate(targets)]
+    return [None if lowered.decode is None else name for lowered, name in zip(targets, names, strict=True)]
+
+
+def graph_files(targets: Sequence[Lowered], place: Path, masked: Lowered | None = None) -> dict[str, Source]:
     """The graphs of every target, and their weights if those are large or shared, as files in the workspace `place`.
 
-    mask: and those with an attention_mask of the first target that onnxruntime-genai runs
+    masked: and those with an attention_mask
     Raises DestinationError where they cannot be written.
     """
     graphs: dict[str, ir.Model] = {}
     for lowered, names in zip(targets, graph_names(targets), strict=True):
         graphs |= dict(zip(names, (lowered.step, lowered.prefill), strict=True))
-    if mask:
-        stopping = masked(next(lowered for lowered in targets if lowered.target in PROVIDERS))
-        graphs |= dict(zip(MASKED, (stopping.step, stopping.prefill), strict=True))
+    pairs = zip(decode_names(targets), targets, strict=True)
+    more = {name: lowered.decode for name, lowered in pairs if name is not None and lowered.decode is not None}
+    if masked is not None:
+        more |= dict(zip(MASKED, (masked.step, masked.prefill), strict=True))
     try:
-        paths = write_graphs(graphs, place, shared=mask or len(targets) > 1)
+        paths = write_graphs(graphs | more, place, shared=bool(more) or len(targets) > 1)
     except OSError as error:
         raise DestinationError(f"cannot write into {place.parent}: {error.strerror or error}") from error
     return {path.name: Link(path) for path in paths}
@@ -89,9 +119,12 @@ def manifest_of(
     first = targets[0]
     graphs = {
         lowered.target: Graphs(
-            step=_graph(step, lowered.step), prefill=_graph(prefill, lowered.prefill), batch=lowered.batch
+            step=_graph(step, lowered.step),
+            prefill=_graph(prefill, lowered.prefill),
+            decode=None if decode is None or lowered.decode is None else _graph(decode, lowered.decode),
+            batch=lowered.batch,
         )
-        for lowered, (step, prefill) in zip(targets, graph_names(targets), strict=True)
+        for lowered, (step, prefill), decode in zip(targets, graph_names(targets), decode_names(targets), strict=True)
     }
     return Manifest(
         lhcompile_version=version("lhcompile"),
@@ -205,7 +238,7 @@ def report_of(
         quantize=lowered.precision,
         weights=[WeightsReport(**vars(part)) for part in quantized.parts],
         command=command,
-        versions={name: version(name) for name in VERSIONED},
+        versions={name: _version(name) for name in VERSIONED},
         calibration=calibration,
         notes=list(loaded.notes),
         stages=stages,
@@ -221,7 +254,38 @@ def report_of(
     )
 
 
+def rounding_of(
+    config: BuildConfig,
+    poles: Part | None,
+    allotted: Sequence[Allotted],
+    fixed: tuple[int, int],
+    states: Sequence[LoweredState],
+) -> dict[str, Any]:
+    """The parts of a report that say how numbers were rounded, but for the weights.
+
+    poles: what their codes take, where they are rounded; allotted: the precision of each weight, where a budget chose
+    it; fixed: signals rounded by fixed scales, and of how many; states: as the product keeps them
+    """
+    budget = None
+    if config.weights_budget is not None:
+        weights = [WeightPrecision(**vars(each)) for each in allotted]
+        budget = RoundingBudget(requested=config.weights_budget, weights=weights)
+    return {
+        "poles_coded": None if poles is None else WeightsReport(**vars(poles)),
+        "pole_bits": config.quantize.poles,
+        "rounding": budget,
+        "fixed_signals": fixed if config.quantize.activations == "static" else None,
+        "state": config.quantize.state,
+        "state_bytes": summary.state_bytes(tuple(states)),
+    }
+
+
 def _block(path: str) -> str:
     """The part of a module path up to its first number: one layer of the model."""
     match = re.match(r".*?\b\d+\b", path)
     return match.group(0) if match else path
+
+
+def _version(module: str) -> str:
+    """As the module says it, for onnxruntime comes in distributions of several names; else as its distribution does."""
+    return str(getattr(import_module(module), "__version__", None) or version(module))
