@@ -22,6 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "diag-bilinear": {"layer": "diag", "n_ssm": 2, "disc": "bilinear"},
     "diag-prenorm": {"layer": "diag", "n_ssm": 1, "prenorm": True, "steps": HALF},
     "dplr": {"layer": "dplr", "n_ssm": 2, "prepared": PREPARED},
+    "dplr-steps": {"layer": "dplr", "n_ssm": 2, "steps": HALF, "prepared": PREPARED},
     "dplr-plain": {"layer": "dplr", "n_ssm": 3, "channels": 2, "rank": 2},
 }
 """name → arguments of `checkpoint` and `reference`; each layer's own default is not named"""
@@ -167,9 +168,10 @@ def _dplr(kernel: dict[str, Tensor], h: int) -> tuple[Tensor, Tensor]:
     low, b = _pair(kernel["P"].double()[:, system]), _pair(kernel["B"].double()[0, system])
     low, b = torch.cat([low, low.conj()], -1), torch.cat([b, b.conj()])
     a = torch.diag(torch.cat([rates, rates.conj()])) - low.T @ low.conj()
-    dt, one = torch.exp(kernel["inv_dt"][h, 0].double()), torch.eye(len(b), dtype=torch.complex128)
-    back = torch.linalg.inv(one - dt / 2 * a)
-    return back @ (one + dt / 2 * a), dt * back @ b
+    dt, one = torch.exp(kernel["inv_dt"][h].double()).expand(len(rates)).repeat(2), torch.eye(len(b)).cdouble()
+    half = dt[:, None] / 2 * a
+    back = torch.linalg.inv(one - half)
+    return back @ (one + half), back @ (dt * b)
 
 
 def _prepared(kernel: dict[str, Tensor]) -> Tensor:

@@ -52,10 +52,10 @@ def load(
 
 
 def _load_family(path: Path, config: Path | None, context: int | None) -> LoadedModel:
-    from lhcompile.load.checkpoint import SUFFIXES, read_checkpoint
+    from lhcompile.load.checkpoint import SUFFIXES, is_checkpoint, read_checkpoint
     from lhcompile.load.families import FAMILIES
 
-    if path.is_file() and path.suffix not in SUFFIXES:
+    if path.is_file() and not is_checkpoint(path):
         raise CheckpointError(f"{path}: not a checkpoint: the name ends in none of {', '.join(SUFFIXES)}, .pt2")
     found = read_checkpoint(path, given=config is not None)
     for family in FAMILIES:

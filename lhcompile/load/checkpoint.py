@@ -29,14 +29,15 @@ from lhcompile.load.configuration import read_mapping
 from lhcompile.load.folder import options_of, weights_in
 from lhcompile.load.inert import read_inert, tensors_of
 from lhcompile.load.mapped import MappedFiles
+from lhcompile.load.pieces import is_piece, joined
+from lhcompile.load.wrapped import options_in, weights_in_wrappers
 
-__all__ = ["SUFFIXES", "Checkpoint", "fill", "read_checkpoint", "shape_text", "without_prefix"]
+__all__ = ["SUFFIXES", "Checkpoint", "fill", "is_checkpoint", "read_checkpoint", "shape_text", "without_prefix"]
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("", "model.", "module.", "_orig_mod.", "module.model.", "model._orig_mod.", "_orig_mod.model.", "backbone.")
 # Names from the standard library that data may hold; any other means the file wants to run something.
-HARMLESS_MODULES = {"_codecs", "argparse", "collections", "copyreg", "datetime", "decimal", "enum", "pathlib"}
+HARMLESS_MODULES = {"_codecs", "argparse", "collections", "copyreg", "datetime", "decimal", "enum", "pathlib", "typing"}
 EXTRA = "_extra_state"  # what fused layers keep beside their weights, often as io.BytesIO
 HARMLESS_BUILTINS = {"bytearray", "complex", "dict", "frozenset", "list", "object", "range", "set", "slice", "tuple"}
 DAMAGE = (
@@ -49,7 +50,8 @@ DAMAGE = (
 class Checkpoint:
     """tensors: by key, as stored; notes: what else was in the file and is not used.
 
-    path: the file or the folder; config: the options that lay beside the weights in `config_file`, empty if none did
+    path: the file or the folder; config: the options that lay beside the weights in `config_file`, which is the file
+    itself where they stood in it; empty if none did
     """
 
     path: Path
@@ -59,11 +61,17 @@ class Checkpoint:
     config_file: Path = Path("config.json")
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether the name is one of a checkpoint, or of a piece of one."""
+    return path.suffix in SUFFIXES or is_piece(path, SUFFIXES)
+
+
 def read_checkpoint(path: Path, given: bool = False) -> Checkpoint:
-    """The state dict of a .pt, .pth, .ckpt, .bin or .safetensors file, or of a folder of such; its wrapper removed.
+    """The state dict of a .pt, .pth, .ckpt, .bin or .safetensors file, or of a folder of such; its wrappers removed.
 
     A folder has the layout of Hugging Face (`weights_in`), or holds one checkpoint. The options in it, or beside a
-    single file, become `config` (`options_of`); beside a file of torch only if no configuration is `given`.
+    single file, become `config` (`options_of`); beside a file of torch only if no configuration is `given`. Without
+    either, options of the model that a training framework left in the file do. A piece stands for all of its file.
     Entries named *_extra_state belong to no weight and are dropped.
 
     Raises CheckpointError, in one line, when a file is missing, damaged, no checkpoint, or would run code; ConfigError
@@ -75,16 +83,21 @@ def read_checkpoint(path: Path, given: bool = False) -> Checkpoint:
     beside = options_of(path)
     if beside.is_file() and (path.is_dir() or path.suffix == ".safetensors" or not given):
         notes = () if path.is_dir() else (f"read the options in {beside.name} beside the file",)
-        found = replace(found, config=read_mapping(beside), config_file=beside, notes=found.notes + notes)
-    return found
+        return replace(found, config=read_mapping(beside), config_file=beside, notes=found.notes + notes)
+    if not found.config:
+        return found
+    if given:
+        notes = ("did not use the options in the file, as --config is given",)
+        return replace(found, config={}, notes=found.notes + notes)
+    return replace(found, notes=(*found.notes, f"read the options in {found.config_file.name} itself"))
 
 
 def _read_folder(folder: Path) -> Checkpoint:
     weights = weights_in(folder, SUFFIXES)
     tensors: dict[str, Tensor] = {}
     notes = list(weights.notes)
-    for file in weights.files:
-        part = _read_file(file)
+    parts = [_read_file(file) for file in weights.files]
+    for file, part in zip(weights.files, parts, strict=True):
         for key in part.tensors:
             if key in tensors:
                 raise CheckpointError(f"{file}: {key!r} stands in another shard too")
@@ -93,10 +106,17 @@ def _read_folder(folder: Path) -> Checkpoint:
     for key, name in weights.shards.items():
         if key not in tensors and not key.endswith(EXTRA):
             raise CheckpointError(f"{folder / name}: {key!r}, which the index says it holds, is not there")
-    return Checkpoint(folder, tensors, tuple(notes))
+    own = (parts[0].config, parts[0].config_file) if len(parts) == 1 else ({}, folder)
+    return Checkpoint(folder, tensors, tuple(notes), *own)
 
 
 def _read_file(path: Path) -> Checkpoint:
+    if is_piece(path, SUFFIXES):
+        with joined(path) as whole:
+            try:
+                return replace(_read_file(whole), path=path, config_file=path)
+            except CheckpointError as error:
+                raise CheckpointError(str(error).replace(str(whole), str(path))) from None
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty")
     if path.suffix == ".safetensors":
@@ -144,16 +164,22 @@ def _read_beside_foreign_classes(path: Path, zipped: bool, error: Exception) -> 
         raise CheckpointError(f"{path}: opening it would run code ({shown}); save a plain state_dict") from None
     try:
         content = read_inert(path)
-        found = next((w for w in WRAPPERS if isinstance(content, Mapping) and w in content), None)
-        if found is None or not isinstance(content[found], Mapping):
+        weights, wrappers, _ = weights_in_wrappers(content) if isinstance(content, Mapping) else ({}, (), [])
+        if not wrappers:
             raise CheckpointError(
                 f"{path}: holds objects of {', '.join(names[:3])} and no state_dict; save a plain state_dict"
             )
-        tensors = tensors_of(path, content[found])
+        tensors = tensors_of(path, weights)
     except (*DAMAGE, pickle.UnpicklingError, zipfile.BadZipFile) as damage:
         raise CheckpointError(f"{path}: damaged, or not a checkpoint ({_line(damage)})") from None
-    notes = [f"skipped objects of {', '.join(names)}"]
-    return {**{key: None for key in content if key != found}, found: tensors}, notes
+    return _with_weights(content, wrappers, tensors), [f"skipped objects of {', '.join(names)}"]
+
+
+def _with_weights(content: Any, wrappers: tuple[str, ...], tensors: Mapping[str, Any]) -> Any:
+    """The content with the tensors inside the wrappers."""
+    if not wrappers:
+        return tensors
+    return {**content, wrappers[0]: _with_weights(content[wrappers[0]], wrappers[1:], tensors)}
 
 
 def _foreign_names(path: Path, zipped: bool, error: Exception) -> list[str]:
@@ -177,13 +203,9 @@ def _could_act(name: str) -> bool:
 def _unwrapped(path: Path, content: Any, notes: list[str]) -> Checkpoint:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    for wrapper in WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
-            others = sorted(str(key) for key in content if key != wrapper)
-            if others:
-                notes = [*notes, f"used only {wrapper!r} of the file, not {', '.join(others)}"]
-            content = content[wrapper]
-            break
+    options, name = options_in(content)
+    content, _, others = weights_in_wrappers({key: value for key, value in content.items() if not name or key != name})
+    notes = [*notes, *others]
     tensors: dict[str, Tensor] = {}
     dropped = 0
     for key, value in content.items():
@@ -197,7 +219,7 @@ def _unwrapped(path: Path, content: Any, notes: list[str]) -> Checkpoint:
         notes = [*notes, f"dropped what layers keep beside their weights (*{EXTRA})"]
     if not tensors:
         raise CheckpointError(f"{path}: the state dict is empty")
-    return Checkpoint(path, tensors, tuple(notes))
+    return Checkpoint(path, tensors, tuple(notes), options, path)
 
 
 def without_prefix(checkpoint: Checkpoint, known: Collection[str]) -> Checkpoint:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lhcompile.errors import CheckpointError
+from lhcompile.load.pieces import is_piece, pieces_of
 
 __all__ = ["Weights", "options_of", "weights_in"]
 
@@ -43,6 +44,7 @@ def weights_in(folder: Path, suffixes: Collection[str]) -> Weights:
             shards = _shards(index)
             return Weights(tuple(folder / file for file in sorted(set(shards.values()))), shards, others)
     found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in suffixes)
+    found = found or _first_pieces(folder, suffixes)
     if not found:
         wanted = f"{', '.join(WHOLE)}, or one file *{', *'.join(suffixes)}"
         raise CheckpointError(f"{folder}: the folder holds no weights ({wanted})")
@@ -65,6 +67,11 @@ def options_of(model: Path) -> Path:
             return path
     only = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".yml", ".yaml"))
     return only[0] if len(only) == 1 else folder / CONFIGS[0]
+
+
+def _first_pieces(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The first piece of each file that lies there in pieces."""
+    return sorted({pieces_of(path)[0] for path in folder.iterdir() if path.is_file() and is_piece(path, suffixes)})
 
 
 def _shards(index: Path) -> dict[str, str]:

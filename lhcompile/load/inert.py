@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["TensorReference", "read_inert", "tensors_of"]
+__all__ = ["StandIn", "TensorReference", "read_inert", "tensors_of"]
 
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -52,10 +52,18 @@ class TensorReference:
 
 
 class StandIn:
-    """Takes the place of any object the pickle builds; swallows what the pickle does to it."""
+    """Takes the place of any object the pickle builds; keeps what it is given as data, and swallows the rest.
+
+    state: the attributes the pickle sets; entries: what it puts into a mapping
+    """
+
+    state: Any
+    entries: dict[Any, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
-        return super().__new__(cls)
+        made = super().__new__(cls)
+        made.state, made.entries = None, {}
+        return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -64,10 +72,10 @@ class StandIn:
         return self
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        pass
+        self.entries[key] = value
 
     def append(self, item: Any) -> None:
         pass

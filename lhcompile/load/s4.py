@@ -172,7 +172,7 @@ class DPLRKernel(DiagKernel):
         self.register_buffer("l_kernel", torch.tensor(0))
 
     def system(self) -> DPLR:
-        return DPLR.of(self.rates, _complex(self.P), *self.gains(), self.steps[:, 0], int(self.l_kernel))
+        return DPLR.of(self.rates, _complex(self.P), *self.gains(), self.steps.squeeze(-1), int(self.l_kernel))
 
     def modal(self, direct: Tensor) -> ModalSSM | None:
         return self.system().modal(direct)

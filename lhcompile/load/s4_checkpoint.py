@@ -177,8 +177,6 @@ def _kernel_shapes(reading: Reading, layer: str, d_model: int) -> dict[str, tupl
         "is_real": (real, b),
     }
     if layer == "dplr":
-        if columns != 1:
-            raise reading.error(f"{dt!r} has {columns} steps for each channel, expected one")
         found |= {"rank": (reading.shape(p, "[rank, n_ssm, d_state / 2, 2]")[0], p), "disc": ("bilinear", p)}
     return found
 

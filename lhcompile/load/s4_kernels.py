@@ -87,12 +87,20 @@ class DPLR:
 
     @classmethod
     def of(cls, rates: Tensor, p: Tensor, b: Tensor, c: Tensor, dt: Tensor, prepared: int) -> DPLR:
-        """From complex128 rates and b [systems, half], p [rank, systems, half], c [copies, channels, half]."""
+        """From complex128 rates and b [systems, half], p [rank, systems, half], c [copies, channels, half].
+
+        dt: [channels], or [channels, half] for a step of each state: then every channel gets the system Δ A, Δ B of
+        its own, Δ = diag(dt), and a step of 1.
+        """
         upper = torch.cat([torch.diag_embed(rates.real), torch.diag_embed(-rates.imag)], -1)
         lower = torch.cat([torch.diag_embed(rates.imag), torch.diag_embed(rates.real)], -1)
         low = torch.cat([p.real, p.imag], -1)
         a = torch.cat([upper, lower], -2) - 2 * torch.einsum("rsn,rsm->snm", low, low)
-        return cls(a, torch.cat([b.real, b.imag], -1), 2 * torch.cat([c.real, -c.imag], -1), dt, prepared)
+        drive, read = torch.cat([b.real, b.imag], -1), 2 * torch.cat([c.real, -c.imag], -1)
+        if dt.ndim > 1:
+            which, scale = systems_of(len(dt), len(a)), torch.cat([dt, dt], -1)
+            a, drive, dt = scale.unsqueeze(-1) * a[which], scale * drive[which], torch.ones_like(dt[:, 0])
+        return cls(a, drive, read, dt, prepared)
 
     def modal(self, direct: Tensor) -> ModalSSM | None:
         """The system by the eigenvectors of a, filters [copies · channels]; direct: one for each.

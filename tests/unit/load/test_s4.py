@@ -311,7 +311,7 @@ def test_faults_of_the_checkpoint(tmp_path: Path) -> None:
         ({kernel + "A_real": None}, rf"missing key '{kernel}A_real' of shape \[n_ssm, d_state / 2\]{looked}"),
         ({kernel + "B": None}, rf"missing key '{kernel}B' of shape \[1, 2, 4, 2\]{looked}"),
         ({kernel + "B": torch.ones(1, 2, 5, 2)}, rf"'{kernel}B' has shape \[1, 2, 5, 2\], expected \[1, 2, 4, 2\]"),
-        ({kernel + "inv_dt": torch.ones(D_MODEL, 4)}, "has 4 steps for each channel, expected one"),
+        ({kernel + "inv_dt": torch.ones(D_MODEL, 3)}, r"has shape \[6, 3\], expected \[6, 4\]"),
         ({kernel + "A_real": torch.ones(4, 4)}, "holds 4 systems, which 6 channels cannot share"),
         ({"decoder.weight": torch.ones(4)}, r"'decoder.weight' has shape \[4\], expected \[d_output, d_model\]"),
         ({"extra": torch.ones(1)}, "unexpected key 'extra'"),
