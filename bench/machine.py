@@ -13,14 +13,16 @@ import numpy as np
 
 __all__ = ["copy_bandwidth", "describe"]
 
+_VERSIONED = ("lhcompile", "torch", "onnx", "onnxruntime", "numpy")
 
-def describe() -> dict[str, object]:
-    """Processor, cores, versions and commit."""
+
+def describe(more: tuple[str, ...] = ()) -> dict[str, object]:
+    """Processor, cores, versions and commit; more: distributions whose versions matter too."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("lhcompile", "torch", "onnx", "onnxruntime", "numpy")},
+        "versions": {name: _version(name) for name in (*_VERSIONED, *more)},
         "commit": _commit(),
     }
 
@@ -55,7 +57,10 @@ def _version(name: str) -> str | None:
 
 def _commit() -> str | None:
     here = Path(__file__).parent
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:  # there is no git
+        return None
     return result.stdout.strip() or None

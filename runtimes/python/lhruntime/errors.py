@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ArgumentError", "FormatError", "LhruntimeError", "SnapshotError"]
+__all__ = ["ArgumentError", "BusyError", "EngineError", "FormatError", "LhruntimeError", "SnapshotError"]
 
 
 class LhruntimeError(Exception):
@@ -19,3 +19,11 @@ class ArgumentError(LhruntimeError, ValueError):
 
 class SnapshotError(LhruntimeError):
     """A snapshot is damaged or belongs to another model or another batch."""
+
+
+class EngineError(LhruntimeError):
+    """An engine is closed, or what runs in it failed."""
+
+
+class BusyError(EngineError):
+    """An engine has no room for one more waiting prompt: try again later."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import ArrayLike
 from lhruntime.errors import ArgumentError
 from lhruntime.model import LoadedModel
 
-__all__ = ["as_sequence", "as_single", "check_count"]
+__all__ = ["as_ids", "as_sequence", "as_single", "check_count"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -42,6 +43,16 @@ def check_count(name: str, value: int, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ArgumentError(f"{name} is {value!r}, expected a whole number of at least {least}")
     return int(value)
+
+
+def as_ids(name: str, values: Collection[int], vocab_size: int) -> Array:
+    """Token ids in any order, int64 [count]. Raises ArgumentError for what is none below vocab_size."""
+    if len(values) == 0:
+        return np.empty(0, np.int64)
+    ids = np.asarray(list(values))
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab_size:
+        raise ArgumentError(f"{name} is {values!r}, expected ids below {vocab_size}")
+    return ids
 
 
 def _numbers(values: ArrayLike) -> Array:

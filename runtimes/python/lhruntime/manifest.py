@@ -79,10 +79,14 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class GraphPair:
-    """The graphs of one target; the same where it has one graph, of one position."""
+    """The graphs of one target; step and prefill are the same where it has one graph, of one position.
+
+    decode: the step with the choice of the next token behind it, where there is one
+    """
 
     step: GraphSpec
     prefill: GraphSpec
+    decode: GraphSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,8 @@ def _files(raw: Mapping[str, Any]) -> dict[str, FileRecord]:
 
 
 def _pair(graphs: Mapping[str, Any], where: str, files: Mapping[str, FileRecord]) -> GraphPair:
-    return GraphPair(*(_graph(graphs, kind, where, files) for kind in ("step", "prefill")))
+    kinds = ("step", "prefill", *(["decode"] if "decode" in graphs else []))
+    return GraphPair(*(_graph(graphs, kind, where, files) for kind in kinds))
 
 
 def _graph(graphs: Mapping[str, Any], kind: str, where: str, files: Mapping[str, FileRecord]) -> GraphSpec:

@@ -1,7 +1,8 @@
-"""A loaded model: its manifest and the two ONNX Runtime sessions, shared by every Session made from it."""
+"""A loaded model: its manifest and the two ONNX Runtime sessions, shared by whatever runs it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import onnxruntime as ort
 from lhruntime.errors import ArgumentError, FormatError
 from lhruntime.manifest import GraphPair, GraphSpec, Manifest, StateSpec, WeightSpec
 
-__all__ = ["LoadedModel", "load_model"]
+__all__ = ["SETTINGS", "TOKENS", "LoadedModel", "load_model", "register_operators"]
 
 Provider = str | tuple[str, dict[str, Any]]
 Dim = int | str
@@ -29,6 +30,10 @@ _ORT_TYPES = {
     "bool": "tensor(bool)",
 }
 _OUTPUT_DTYPES = ("float32", "float16", "float64")
+SETTINGS = {"uniform": "float32", "temperature": "float32", "top_k": "int64", "top_p": "float32"}
+"""What the graph `decode` reads behind the states, each [batch]."""
+TOKENS = "tokens"
+"""What it writes in place of the logits, int64 [batch, 1]."""
 _ERRORS_ONLY = 3
 _FLOAT32 = {"use_tf32": "0"}
 """Options of CUDA: factors of float32 products keep their 24 bits, where TF32 would round them to 11."""
@@ -39,6 +44,9 @@ _DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"
 class LoadedModel:
     """A verified model, ready to run; holds no state.
 
+    step:                    one position a call; the graph `decode` if it chooses
+    chooses:                 whether step gives tokens, chosen as its SETTINGS say, in place of logits
+    operators:               the library whose kernels both may take, None without one
     input_dtype, input_tail: int64, () for tokens; float32, (channels,) for features
     output_dtype, width:     of the logits or values [batch, seq, width]
     piece:                   positions that prefill takes in a call, None where any number will do
@@ -58,6 +66,8 @@ class LoadedModel:
     device: str
     device_id: int
     weights: tuple[ort.OrtValue, ...] = ()
+    chooses: bool = False
+    operators: str | None = None
 
 
 def load_model(
@@ -68,30 +78,38 @@ def load_model(
     providers: Sequence[Provider] | None,
     threads: int | None,
     share_weights: bool = False,
+    operators: str | os.PathLike[str] | None = None,
+    choose: bool = False,
+    cuda_graph: bool = False,
 ) -> LoadedModel:
     """Open both graphs and compare them with the manifest.
 
-    target, share_weights: see Session.load
+    target, share_weights, operators: see Session.load
+    choose:     open the graph `decode` in place of the step, where there is one
+    cuda_graph: capture the calls of that graph on CUDA
 
     Raises FormatError if a graph cannot be loaded or contradicts the manifest, ArgumentError for a
-    provider or thread count that cannot be had.
+    provider, library or thread count that cannot be had.
     """
     chosen = _check_providers(providers)
     if share_weights and chosen != ["CPUExecutionProvider"]:
         raise ArgumentError("share_weights is for the CPU: a device needs weights of its own")
     graphs = _graphs(manifest, target)
     mapped: dict[WeightSpec, ort.OrtValue] = {}
+    decode = graphs.decode if choose else None
+    one = decode or graphs.step
 
-    def opened(graph: GraphSpec) -> ort.InferenceSession:
+    def opened(graph: GraphSpec, providers: list[Provider]) -> ort.InferenceSession:
         options = _options(threads, manifest, graph, mapped if share_weights else None)
-        return _open(manifest, graph.file, options, chosen)
+        register_operators(options, operators)
+        return _open(manifest, graph.file, options, providers)
 
-    step = opened(graphs.step)
-    prefill = step if graphs.prefill == graphs.step else opened(graphs.prefill)
-    channels = _last_dim(step.get_inputs(), graphs.step.file) if manifest.features else None
-    width = manifest.vocab_size or _last_dim(step.get_outputs(), graphs.step.file)
-    for session, file, seq in ((step, graphs.step.file, "one"), (prefill, graphs.prefill.file, "seq")):
-        _check_graph(session, file, manifest, batch, seq, channels, width)
+    step = opened(one, _capturing(chosen) if decode and cuda_graph else chosen)
+    prefill = step if graphs.prefill == one else opened(graphs.prefill, chosen)
+    channels = _last_dim(step.get_inputs(), one.file) if manifest.features else None
+    width = manifest.vocab_size or _last_dim(step.get_outputs(), one.file)
+    _check_graph(step, one.file, manifest, batch, "one", channels, width, chooses=decode is not None)
+    _check_graph(prefill, graphs.prefill.file, manifest, batch, "seq", channels, width)
     provider = step.get_providers()[0]
     return LoadedModel(
         manifest=manifest,
@@ -100,12 +118,14 @@ def load_model(
         prefill=prefill,
         input_dtype=np.dtype(np.int64 if channels is None else np.float32),
         input_tail=() if channels is None else (channels,),
-        output_dtype=_output_dtype(manifest.output, graphs.prefill.file, step, prefill),
+        output_dtype=_output_dtype(manifest.output, graphs.prefill.file, prefill if decode else step, prefill),
         width=width,
         piece=piece if isinstance(piece := prefill.get_inputs()[0].shape[1], int) else None,
         device=_DEVICES.get(provider, "cpu"),
         device_id=int(step.get_provider_options()[provider].get("device_id", 0)),
         weights=tuple(mapped.values()),
+        chooses=decode is not None,
+        operators=None if operators is None else os.fspath(operators),
     )
 
 
@@ -134,6 +154,14 @@ def _exact(provider: Provider) -> Provider:
     return (name, _FLOAT32 | options) if name == "CUDAExecutionProvider" else provider
 
 
+def _capturing(providers: list[Provider]) -> list[Provider]:
+    def capturing(provider: Provider) -> Provider:
+        name, options = (provider, {}) if isinstance(provider, str) else provider
+        return (name, {**options, "enable_cuda_graph": "1"}) if name == "CUDAExecutionProvider" else provider
+
+    return [capturing(provider) for provider in providers]
+
+
 def _options(
     threads: int | None, manifest: Manifest, graph: GraphSpec, mapped: dict[WeightSpec, ort.OrtValue] | None
 ) -> ort.SessionOptions:
@@ -151,6 +179,17 @@ def _options(
                 mapped[weight] = _map(manifest, weight)
             options.add_initializer(name, mapped[weight])
     return options
+
+
+def register_operators(options: ort.SessionOptions, operators: str | os.PathLike[str] | None) -> None:
+    """Let graphs take the kernels of a library for lhcompile's own operators. Raises ArgumentError if it has none."""
+    if operators is None:
+        return
+    try:
+        options.register_custom_ops_library(os.path.abspath(operators))
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        reason = str(error).partition("\n")[0]
+        raise ArgumentError(f"operators: {os.fspath(operators)} cannot be loaded: {reason}") from error
 
 
 def _map(manifest: Manifest, weight: WeightSpec) -> ort.OrtValue:
@@ -188,17 +227,21 @@ def _check_graph(
     seq: str,
     channels: int | None,
     width: int,
+    *,
+    chooses: bool = False,
 ) -> None:
     """Names, order, dtypes and shapes; an output may leave sizes undeclared, an input may not.
 
-    seq is "seq" for a graph of many positions, "one" for that of one.
+    seq is "seq" for a graph of many positions, "one" for that of one; chooses: for the graph `decode`.
     """
     states = manifest.states
     lead: tuple[Dim, ...] = ("batch", seq)
     tail = () if channels is None else (channels,)
+    settings = SETTINGS if chooses else {}
+    output = TOKENS if chooses else manifest.output
     for kind, values, names in (
-        ("input", graph.get_inputs(), [manifest.input, *(state.input for state in states)]),
-        ("output", graph.get_outputs(), [manifest.output, *(state.output for state in states)]),
+        ("input", graph.get_inputs(), [manifest.input, *(state.input for state in states), *settings]),
+        ("output", graph.get_outputs(), [output, *(state.output for state in states)]),
     ):
         found = [value.name for value in values]
         if found != names:
@@ -206,9 +249,12 @@ def _check_graph(
     reads, writes = graph.get_inputs(), graph.get_outputs()
     input_type = "int64" if channels is None else "float32"
     _check_value(file, reads[0], (input_type,), lead + tail, batch, declared=True)
-    _check_value(file, writes[0], _OUTPUT_DTYPES, (*lead, width), batch, declared=False)
-    for state, read, write in zip(states, reads[1:], writes[1:], strict=True):
+    dtypes, shape = (("int64",), lead) if chooses else (_OUTPUT_DTYPES, (*lead, width))
+    _check_value(file, writes[0], dtypes, shape, batch, declared=False)
+    for state, read, write in zip(states, reads[1:], writes[1:], strict=False):
         _check_state(file, state, read, write, batch)
+    for dtype, read in zip(settings.values(), reads[1 + len(states) :], strict=True):
+        _check_value(file, read, (dtype,), ("batch",), batch, declared=True)
 
 
 def _check_state(file: str, state: StateSpec, read: ort.NodeArg, write: ort.NodeArg, batch: int) -> None:

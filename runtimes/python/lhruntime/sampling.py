@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lhruntime.errors import ArgumentError
 
 __all__ = ["Sampler", "row_generators"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
+_FIRST = 256
+"""Tokens among which the nucleus is looked for first."""
 
 
 def row_generators(seed: int | None, batch: int) -> list[np.random.Generator]:
@@ -61,19 +64,23 @@ class Sampler:
         return np.stack([self._row(row) for row in np.asarray(logits, np.float64)])
 
     def sample(self, logits: Array, generators: Sequence[np.random.Generator]) -> Array:
-        """logits [batch, vocab] → int64 [batch]; row r draws one number from generators[r]."""
-        return np.array(
-            [
-                _draw(row, generator.random())
-                for row, generator in zip(self.probabilities(logits), generators, strict=True)
-            ],
-            np.int64,
-        )
+        """logits [batch, vocab] → int64 [batch]; row r draws one number of float32 from generators[r]."""
+        return self.choose(logits, [generator.random(dtype=np.float32) for generator in generators])
+
+    def choose(self, logits: Array, uniform: ArrayLike) -> Array:
+        """logits [batch, vocab], uniform [batch] in [0, 1) → int64 [batch]."""
+        rows = zip(np.asarray(logits, np.float64), np.asarray(uniform, np.float64), strict=True)
+        return np.array([self._choose(row, float(number)) for row, number in rows], np.int64)
+
+    def _choose(self, logits: Array, uniform: float) -> int:
+        if self.temperature == 0:
+            _check(logits.max())
+            return int(logits.argmax())
+        return _draw(self._row(logits), uniform)
 
     def _row(self, logits: Array) -> Array:
         top = logits.max()
-        if not np.isfinite(top):
-            raise ArgumentError(f"the largest logit is {top}: there is nothing to sample from")
+        _check(top)
         if self.temperature == 0:
             return np.eye(1, logits.size, int(logits.argmax()))[0]
         with np.errstate(over="ignore"):  # a gap divided by a tiny temperature is −inf, whose exp is 0
@@ -87,6 +94,11 @@ class Sampler:
         return weights
 
 
+def _check(top: float) -> None:
+    if not np.isfinite(top):
+        raise ArgumentError(f"the largest logit is {top}: there is nothing to sample from")
+
+
 def _largest(values: Array, count: int) -> Array:
     """bool [vocab], True at exactly `count` largest values; among equals the lowest ids."""
     threshold = np.partition(values, values.size - count)[values.size - count]
@@ -98,10 +110,21 @@ def _largest(values: Array, count: int) -> Array:
 def _nucleus(probabilities: Array, logits: Array, top_p: float) -> Array:
     """bool [vocab], True at the fewest most likely tokens that reach top_p; among equals the lowest ids.
 
-    The order is that of the logits: different logits can round to one probability.
+    The order is that of the logits: different logits can round to one probability. Only as many of the largest are put
+    into order as it takes.
     """
-    order = np.argsort(-logits, kind="stable")
-    reached = np.cumsum(probabilities[order])
+    possible = np.flatnonzero(probabilities)
+    ranked, count = logits[possible], _FIRST
+    while True:
+        if count < ranked.size:
+            best = possible[ranked >= np.partition(ranked, ranked.size - count)[ranked.size - count]]
+        else:
+            best = possible
+        order = best[np.argsort(-logits[best], kind="stable")]
+        reached = np.cumsum(probabilities[order])
+        if reached[-1] >= top_p or best.size == possible.size:
+            break
+        count *= 16
     keep = np.zeros(probabilities.shape, bool)
     keep[order[: int(np.searchsorted(reached, top_p)) + 1]] = True
     return keep

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lhruntime.errors import ArgumentError, SnapshotError
-from lhruntime.inputs import as_sequence, as_single, check_count
+from lhruntime.inputs import as_ids, as_sequence, as_single, check_count
 from lhruntime.manifest import Manifest, check_files, read_manifest
 from lhruntime.model import LoadedModel, Provider, load_model
 from lhruntime.runner import Runner
@@ -52,6 +52,7 @@ class Session:
         threads: int | None = None,
         verify: bool = True,
         share_weights: bool = False,
+        operators: str | os.PathLike[str] | None = None,
     ) -> Session:
         """Open a built directory with all states zero.
 
@@ -64,6 +65,8 @@ class Session:
         share_weights: both graphs read weights that lie in a file of their own where they are mapped, one copy
                    in memory, where otherwise each graph packs its own; a step takes longer (1.3 times, 125 million
                    parameters). On the CPU only.
+        operators: the library of lhcompile's own operators, built for this machine. Without it the graphs that name
+                   them run through the standard operators they are made of
 
         Raises FormatError if the directory is incomplete, altered or contradicts its manifest,
         ArgumentError for an option that cannot be had.
@@ -79,6 +82,7 @@ class Session:
             providers=providers,
             threads=threads,
             share_weights=share_weights,
+            operators=operators,
         )
         return cls(model, batch)
 
@@ -101,6 +105,11 @@ class Session:
     def tail(self) -> tuple[int, ...]:
         """Axes of the input behind batch and seq: () for tokens, (channels,) for features."""
         return self._model.input_tail
+
+    @property
+    def piece(self) -> int | None:
+        """How many positions a call of the prefill graph takes; None where it takes any number."""
+        return self._model.piece
 
     @property
     def position(self) -> int:
@@ -199,7 +208,7 @@ class Session:
         sampler = Sampler(temperature, top_k, top_p)
         generators = row_generators(seed, self._batch)
         tokens = as_sequence(prompt, self._model, self._batch)
-        stop = self._stop_ids(stop_tokens)
+        stop = as_ids("stop_tokens", stop_tokens, self.manifest.vocab_size)
         self._check_room(tokens.shape[1] + max_new_tokens)
         return self._stream(tokens, max_new_tokens, sampler, generators, stop, chunk)
 
@@ -253,15 +262,6 @@ class Session:
             self._runner.prefill(np.ascontiguousarray(values), output)
         self._position += length
         return output
-
-    def _stop_ids(self, stop_tokens: Collection[int]) -> Array:
-        if len(stop_tokens) == 0:
-            return np.empty(0, np.int64)
-        ids = np.asarray(list(stop_tokens))
-        vocab_size = self.manifest.vocab_size
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab_size:
-            raise ArgumentError(f"stop_tokens is {stop_tokens!r}, expected ids below {vocab_size}")
-        return ids
 
     def _stream(
         self,
