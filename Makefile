@@ -1,6 +1,7 @@
 # make demo   builds the example model, checks it, generates text with plain onnxruntime
 # make test   linter, type checker and tests
-# Both create the environment in .venv first. PYTHON names another interpreter, VENV another place.
+# make ops    the library of fused operators, build/ops/liblhcompile_ops.so (runtimes/ops); CUDA=OFF leaves out the GPU
+# The first two create the environment in .venv first. PYTHON names another interpreter, VENV another place.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 EXAMPLE := examples/pysource
 OUT := build/pysource
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint ops clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -26,6 +27,12 @@ test: lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	MYPYPATH=runtimes/python $(BIN)/mypy
+
+# For the GPU where there is a CUDA compiler, unless CUDA says otherwise.
+ops:
+	headers=$$(runtimes/ops/headers.sh build/ops-headers) && \
+	cmake -S runtimes/ops -B build/ops -DORT_INCLUDE="$$headers" $(if $(CUDA),-DLHCOMPILE_CUDA=$(CUDA))
+	cmake --build build/ops --parallel
 
 $(INSTALLED): pyproject.toml constraints.txt runtimes/python/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=…")'

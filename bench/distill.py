@@ -5,7 +5,7 @@
     python -m bench.distill --quick               everything, so small that it only shows that it works
 
 filters:  every method on a sample of the example's trained filters, in the plain norm and weighted by what they hear
-patience: gradient descent until it hardly improves, with fifteen times its steps, against the default method
+patience: gradient descent as its authors published it, and ours with as many steps, against the default method
 starts:   the default method against the best of 60 refined starts, random or near what it found
 planted:  random systems of order 8 and 32, well separated or clustered, moduli up to 0.9995, without and with noise
 cost:     seconds against length and against number of filters; a curve ends where the next point would take long
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.distill_published import compare
 from bench.distill_report import PLOTTED, picture, tables
 from bench.machine import describe
 from lhcompile.artifacts import LoadedModel, Program, Sequences
@@ -37,7 +37,6 @@ from lhcompile.distill import METHODS, Reduction, distill, reduce
 from lhcompile.distill.bank import Bank
 from lhcompile.distill.closed import closed
 from lhcompile.distill.convolutions import Convolutions
-from lhcompile.distill.gradient import descend
 from lhcompile.distill.norm import tap_norm
 from lhcompile.distill.spectrum import fit_residues, radius_limit, stabilise
 from lhcompile.distill.varpro import refine, to_poles, to_theta
@@ -116,21 +115,9 @@ def filters(quick: bool) -> list[Row]:
 
 
 def patience(quick: bool) -> list[Row]:
-    """Gradient descent with fifteen times its steps against the default method; see the module's text."""
+    """Gradient descent with the steps its authors took against the default method; see the module's text."""
     sample, layer = _sample(4 if quick else PATIENT)
-    norm = tap_norm(trained()[0].taps[sample], None)
-    rows = []
-    for order in (2,) if quick else (2, 4, 8):
-        ours = sorted((reduce(norm.taps, order) for _ in range(3)), key=lambda result: result.seconds)[1]
-        started = time.perf_counter()
-        _, errors = descend(norm, order, steps=300 if quick else 45_000)
-        seconds = time.perf_counter() - started
-        row = {"order": order, "filters": len(sample), "error": float(errors.mean()), "seconds": seconds}
-        row |= {"default_error": float(ours.error.mean()), "default_seconds": ours.seconds}
-        means = [(errors[layer == each].mean(), ours.error[layer == each].mean()) for each in layer.unique()]
-        row |= {"layers": [float(theirs) for theirs, _ in means], "default_layers": [float(own) for _, own in means]}
-        rows.append(_said(row | {"reached": int((errors <= 1.01 * ours.error).sum())}))
-    return rows
+    return [_said(row) for row in compare(trained()[0].taps[sample], layer, quick)]
 
 
 def _sample(count: int) -> tuple[Tensor, Tensor]:

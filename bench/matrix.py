@@ -9,7 +9,8 @@ measured on its held-out text, at order 4; the larger model (12 layers, width 76
 order 4) has random weights, so only its sizes and speeds mean anything. Steps and prefills are timed in turns, all
 cells of a model within one run, two threads, batch 1; figures are medians. The floor of a step is the time in which
 the weights that it reads come from memory, at the rate at which a matrix-vector product of 400 MB reads them; the
-embedding, of which a step reads one row, does not count.
+embedding, of which a step reads one row, does not count. The graphs for web and mcu run in onnxruntime on the same CPU
+like the others: web prefills 32 tokens a call, mcu has no prefill and steps.
 """
 
 from __future__ import annotations
@@ -36,7 +37,14 @@ from lhcompile.load.safari import HyenaConfig, HyenaLM
 
 EXAMPLE = Path(__file__).parents[1] / "examples/pysource"
 PRECISIONS = ("none", "fp16", "bf16", "int8", "int4")
-TARGETS = {"example": ("cpu", "portable"), "125M": ("cpu",)}
+CELLS: dict[str, dict[str, tuple[str, ...]]] = {
+    "example": {
+        "cpu": PRECISIONS, "portable": PRECISIONS, "web": ("none", "fp16", "int8", "int4"),
+        "mcu": ("none", "fp16", "int8"),
+    },
+    "125M": {"cpu": PRECISIONS, "portable": ("none", "int8", "int4")},
+}  # fmt: skip
+"""Targets and their precisions; without those that a browser or a microcontroller's compiler has no numbers for."""
 THREADS, STEPS, PREFILLS, PROMPT = 2, 60, 7, 1024
 LARGE = {
     "d_model": 768, "n_layer": 12, "d_inner": 3072, "vocab_size": 50257, "l_max": 1024, "emb_dim": 33,
@@ -71,7 +79,7 @@ def figures(name: str, quick: bool) -> Row:
         model, options = MODELS[name](folder, quick)
         rows = []
         for precision in PRECISIONS[:2] if quick else PRECISIONS:
-            for target in TARGETS[name]:
+            for target in (each for each, some in CELLS[name].items() if precision in some):
                 out = folder / f"{precision}-{target}"
                 started = time.perf_counter()
                 report = build(model, target=[target], quantize=precision, output=out, **options)

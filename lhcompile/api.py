@@ -188,11 +188,12 @@ def verify_directory(
     few = rows[:3, : min(160, rows.shape[1])]
     cuts = 0
     for target, each in models.items():
-        cuts += verify.check_cuts(each, few, verify.quantized_tolerance(target, manifest.quantize or "none"))
+        cuts += verify.check_cuts(each, few, _tolerance(manifest, target))
         each.close()
     if source is None:
         return Verification(len(manifest.files), cuts)
-    if all(layer.tap_error == 0 for layer in manifest.distillation) and manifest.quantize in (None, "none"):
+    exact = all(layer.tap_error == 0 for layer in manifest.distillation) and manifest.quantize in (None, "none")
+    if exact and _state_type(manifest) is None:
         verify.check_stage(model, source.module, few, verify.ONNX)
     say(f"measuring on {rows.shape[:2].numel()} positions")
     with TemporaryDirectory() as place:
@@ -204,6 +205,19 @@ def verify_directory(
             each.close()
     verify.check_finite(stages)
     return Verification(len(manifest.files), cuts, tuple(stages))
+
+
+def _state_type(manifest: Manifest) -> str | None:
+    """What states are kept in, where that is less than float32."""
+    return next((state.dtype for state in manifest.states if state.dtype in ("float16", "int8")), None)
+
+
+def _tolerance(manifest: Manifest, target: str) -> verify.Tolerance:
+    """For one way of cutting a sequence against another: states in fewer bits are rounded wherever it is cut."""
+    tolerance, dtype = verify.quantized_tolerance(target, manifest.quantize or "none"), _state_type(manifest)
+    if dtype is None:
+        return tolerance
+    return max(verify.state_tolerance(dtype), tolerance, key=lambda each: each.relative)
 
 
 def _open(directory: Path, target: str, batch: int) -> Session:

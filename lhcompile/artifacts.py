@@ -17,7 +17,9 @@ from torch.fx import node as fx_node
 from lhcompile.ssm import ModalSSM
 
 __all__ = [
+    "LARGEST_HALF",
     "MASK",
+    "Allotted",
     "Distilled",
     "DistilledLayer",
     "LoadedModel",
@@ -35,6 +37,8 @@ __all__ = [
     "source_line",
 ]
 
+LARGEST_HALF = 65504.0
+"""The largest number of float16."""
 MASK = "attention_mask"
 """Name of the input that stops rows, int64 [batch, total], where graphs have one."""
 
@@ -131,8 +135,9 @@ class State:
             inputs of a convolution kept whole), "key" or "value" (of attention, at every position so far), or
             "position" (how many tokens each row has taken)
     module: path of the module it belongs to
-    dtype:  "float32" or "int64"
+    dtype:  "float32" or "int64"; "float16" or "int8" where it is kept so between calls
     capacity: how many positions it has room for; None where it is the same at any length
+    scales: of int8, what a code of 1 means, float32, broadcast against `shape`
     """
 
     name: str
@@ -142,6 +147,7 @@ class State:
     module: str
     dtype: str = "float32"
     capacity: int | None = None
+    scales: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def bytes(self) -> int:
@@ -152,9 +158,26 @@ class State:
         """The state at the beginning of a sequence, [batch, *shape]."""
         return torch.zeros(batch, *self.shape, dtype=self._torch)
 
+    def kept(self, value: Tensor) -> Tensor:
+        """The numbers [batch, *shape] as they are kept, in its own dtype: to nearest and no larger than fits."""
+        if self.scales is not None:
+            codes = (value * (1 / self.scales)).round()
+            return codes.clamp(-128, 127).to(torch.int8)
+        if self.dtype == "float16":
+            return value.clamp(-LARGEST_HALF, LARGEST_HALF).half()
+        return value
+
+    def meant(self, kept: Tensor) -> Tensor:
+        """What kept numbers mean, float32; the inverse of `kept` but for rounding."""
+        if self.scales is not None:
+            return kept.float() * self.scales
+        return kept.float() if self.dtype == "float16" else kept
+
     @property
     def _torch(self) -> torch.dtype:
-        return {"float32": torch.float32, "int64": torch.int64}[self.dtype]
+        return {
+            "float32": torch.float32, "int64": torch.int64, "float16": torch.float16, "int8": torch.int8
+        }[self.dtype]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -287,6 +310,7 @@ class Lowered:
 
     prefill: the step graph itself where one token at a time is all there is; batch: rows, None for any number
     precision: of the weights; "none": float32, as they came
+    decode: the step graph with the choice of the next token behind it, where the target has one
     """
 
     step: ir.Model
@@ -295,6 +319,7 @@ class Lowered:
     states: tuple[State, ...]
     batch: int | None = None
     precision: str = "none"
+    decode: ir.Model | None = None
 
 
 @dataclass(frozen=True)
@@ -308,15 +333,31 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Allotted:
+    """The precision that one weight was given by what rounding it costs; bytes: as stored
+
+    alone: the divergence if it alone is rounded to the fewest bits, nats per token; left: what is expected to be left
+    """
+
+    name: str
+    precision: str
+    bytes: int
+    alone: float
+    left: float
+
+
+@dataclass(frozen=True)
 class Quantized:
     """Graphs with quantized weights, and what they mean.
 
     rounded: the graphs that came in, each quantized weight replaced by its value in float32, computed when it is read
+    inner_step: the step graph in a form that runs inside of other graphs, where the step graph's own does not
     """
 
     lowered: Lowered
     rounded: Lowered
     parts: tuple[Part, ...] = ()
+    inner_step: ir.Model | None = None
 
 
 def module_path(node: Node) -> str:

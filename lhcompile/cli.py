@@ -149,11 +149,19 @@ def build(model: Model, **options: Any) -> None:
         rows.append(("step graph", f"{report.graph.step_nodes} nodes, {report.graph.nodes_per_layer:.1f} per layer"))
     for weights in report.weights:
         rows.append((weights.name, f"{report.quantize}: {_bytes(weights.before)} → {_bytes(weights.after)}"))
+    rows += _rounding(report)
     rows.append(("files", _sizes(report.files)))
     rows.append(("written to", f"{options['output']}  (report: {options['output'] / 'report.html'})"))
     _print_rows(rows)
     for note in report.notes:
         err.print(f"[yellow]note:[/] {_escaped(note)}", soft_wrap=True)
+    rounding = report.rounding
+    if rounding is not None and (rounding.measured or 0.0) > rounding.requested:
+        err.print(
+            f"[yellow]warning:[/] on held-out tokens rounding the weights costs {rounding.measured:.3%}, more than the "
+            f"{100 * rounding.requested:.3g}% that calibration kept",
+            soft_wrap=True,
+        )
     budget = report.budget
     if budget is not None and budget.measured is not None and budget.measured > budget.requested:
         tokens = report.model.features is None
@@ -341,6 +349,26 @@ class _Screen:
         if self._current is not None:
             seconds = self._progress.timings.get(self._current, 0.0)
             err.print(f"[green]✓[/] {self._current:<10} {seconds:6.1f} s", highlight=False)
+
+
+def _rounding(report: Any) -> list[tuple[str, str]]:
+    """What each step that rounds numbers cost, and which weights got more bits."""
+    rows = []
+    if report.poles_coded is not None:
+        sizes = f"{_bytes(report.poles_coded.before)} → {_bytes(report.poles_coded.after)} as codes"
+        rows.append(("poles", f"{report.pole_bits} bits: {sizes}; graphs hold their values"))
+    if report.rounding is not None:
+        rows.append(("weights", ", ".join(f"{count} in {name}" for name, count in report.rounding.counts.items())))
+    if report.fixed_signals is not None:
+        fixed, every = report.fixed_signals
+        rows.append(("signals", f"{fixed} of {every} rounded by fixed scales, the others by what each token holds"))
+    for each in report.passes:
+        if each.rise is None:
+            cost = f"error {each.error_before:.2e} → {each.error_after:.2e}"
+        else:
+            cost = f"loss {each.loss_before:.5f} → {each.loss_after:.5f}  ({each.rise:+.3%})"
+        rows.append((f"cost, {each.after}", cost))
+    return rows
 
 
 def _print_rows(rows: Sequence[tuple[str, str]]) -> None:

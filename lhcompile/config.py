@@ -20,6 +20,7 @@ __all__ = [
     "PackageConfig",
     "Precision",
     "QuantizeConfig",
+    "StateType",
     "StreamConfig",
     "Target",
     "build_config",
@@ -27,7 +28,8 @@ __all__ = [
 ]
 
 Target = Literal["portable", "cpu", "cuda", "web", "mcu"]
-Precision = Literal["none", "fp16", "bf16", "int8", "int4"]
+Precision = Literal["none", "fp16", "bf16", "fp8", "int8", "int4"]
+StateType = Literal["float32", "float16", "int8"]
 Method = Literal["auto", "hankel", "varpro"]
 
 
@@ -181,8 +183,34 @@ class QuantizeConfig(_Config):
     """How numbers are stored."""
 
     quantize: Precision = Field(
-        "none", description="Precision of the weights; poles, residues, norms and states stay in float32."
+        "none", description="Precision of the weights; residues, norms and biases stay in float32."
     )
+    quantize_budget: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Relative rise of the loss that rounding weights may cost on calibration tokens: those that hurt "
+        "most get more bits. Without it a --budget that is given holds for this too.",
+    )
+    activations: Literal["dynamic", "static"] = Field(
+        "dynamic",
+        description="How products of --quantize int8 round signals: by what each holds, or by fixed scales from "
+        "calibration (targets cpu and portable).",
+    )
+    poles: int | None = Field(
+        None, ge=3, le=24, description="Bits for the decay and for the angle of every pole, in place of float32."
+    )
+    state: StateType = Field(
+        "float32", description="What states are kept in between calls; int8 by fixed scales from calibration."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> QuantizeConfig:
+        if self.activations == "static" and self.quantize != "int8":
+            raise ValueError("--activations static is for --quantize int8")
+        if self.quantize_budget is not None and self.quantize == "none":
+            raise ValueError("--quantize-budget needs --quantize")
+        return self
 
 
 class PackageConfig(_Config):
@@ -205,9 +233,20 @@ class BuildConfig(_Config):
 
     @model_validator(mode="after")
     def _fits(self) -> BuildConfig:
-        if self.lower.mask and self.quantize.quantize == "int8":
-            raise ValueError("--mask and --quantize int8 exclude each other: onnxruntime cannot load such graphs")
+        others = {"cuda", "web", "mcu"} & set(self.lower.target)
+        if self.quantize.activations == "static" and others:
+            raise ValueError(f"--activations static is for the targets cpu and portable, not {min(others)}")
+        if self.quantize.quantize == "fp8" and set(self.lower.target) != {"cuda"}:
+            raise ValueError("--quantize fp8 is for the target cuda, whose products it takes")
+        if self.quantize.state == "int8" and "web" in self.lower.target:
+            raise ValueError("--state int8 is not for the target web: WebGPU has no numbers of 8 bits")
         return self
+
+    @property
+    def weights_budget(self) -> float | None:
+        """The relative rise of the loss that rounding weights may cost; None: whatever it costs."""
+        own = self.quantize.quantize_budget
+        return self.distill.budget if own is None and self.quantize.quantize != "none" else own
 
     @classmethod
     def sections(cls) -> dict[str, type[_Config]]:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
+from torch import nn
 
-__all__ = ["one_thread", "side_by_side"]
+__all__ = ["one_thread", "side_by_side", "threads_for"]
 
+SMALL = 3 * 10**7
+"""Numbers in a module up to which its step runs in caches. Beyond, it waits for memory, of which one core cannot read
+all that there is to be read."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -45,3 +49,9 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def threads_for(module: nn.Module) -> AbstractContextManager[None]:
+    """A few tokens at a time through a module: on one torch thread where its products are small."""
+    numbers = sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
+    return one_thread() if numbers <= SMALL else nullcontext()

@@ -5,9 +5,9 @@ capture    program of its sizes; needs nothing of what the module is
 recognize  names every convolution; after capture, because laws of sizes tell time from channels
 calibrate  sequences to choose by and sequences to judge by; after recognize, because sampling needs a streamed program
 distill    convolutions to modal systems; before streamify, while a program still takes whole sequences
-streamify  states in and out
+streamify  states in and out, of poles that are rounded by then
 lower      ONNX graphs
-quantize   smaller weights
+quantize   smaller weights, smaller states
 compare    figures of the torch programs on held-out sequences, after which their memory is free for the graphs
 verify     parity and figures of the graphs
 package    the directory, whole or not at all
@@ -22,30 +22,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import onnxruntime
 import torch
-from lhruntime import Session
 
 from lhcompile import verify
-from lhcompile.artifacts import LoadedModel, Lowered, Program
-from lhcompile.assemble import fidelity_of, genai_of, graph_files, manifest_of, report_of
+from lhcompile.artifacts import LoadedModel, Lowered, Program, State
+from lhcompile.assemble import fidelity_of, genai_of, graph_files, manifest_of, report_of, rounding_of
 from lhcompile.calibrate import SAMPLED_LENGTH, calibrate, check_readable, token_limit
 from lhcompile.capture import capture
 from lhcompile.config import BuildConfig, DistillConfig
 from lhcompile.distill import distill
 from lhcompile.errors import ConfigError, DestinationError, DistillError
 from lhcompile.load import load
-from lhcompile.lower import lower
-from lhcompile.package import Manifest, Source, check_destination, package, size_of, workspace
+from lhcompile.lower import complete, lower, masked
+from lhcompile.package import check_destination, package, size_of, workspace
 from lhcompile.package.genai import PROVIDERS, GenaiFiles
-from lhcompile.quantize import quantize
+from lhcompile.quantize import keep_states, kept_in, plan_weights, quantize, quantize_poles, state_ranges
 from lhcompile.recognize import recognize
 from lhcompile.streamify import check_capacity, streamify
+from lhcompile.trial import Compiled, Contents, measure
 from lhcompile.verify.graphs import check_graphs
-from lhcompile.verify.masked import check_masked
-from lhcompile.verify.model import Report, StageFidelity
+from lhcompile.verify.model import Report
 from lhcompile.verify.report import render_report
 
 __all__ = ["Progress", "build"]
@@ -74,43 +71,6 @@ class Progress:
         self.timings[name] = time.perf_counter() - started
 
 
-@dataclass(frozen=True)
-class _Contents:
-    """A directory to be: its files, and its manifest without figures.
-
-    genai: the files that onnxruntime-genai alone reads; notes: what to know of them
-    """
-
-    name: str
-    files: dict[str, Source]
-    manifest: Manifest
-    genai: frozenset[str]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Compiled:
-    """What is left of a model when its torch programs are gone: a build holds the weights of one at a time.
-
-    targets: rows that their graphs are for, None for any number
-    onnx: graphs in float32; rounded: the same with the values of quantized weights; quantized: as they are stored
-    report: without figures of the graphs
-    expected, reference: what the graphs are compared with, in every cut and on held-out sequences
-    """
-
-    targets: dict[str, int | None]
-    onnx: _Contents
-    rounded: _Contents | None
-    quantized: _Contents | None
-    report: Report
-    expected: verify.Fed
-    reference: verify.Reference
-
-    @property
-    def product(self) -> _Contents:
-        return self.quantized or self.onnx
-
-
 def build(model: str, config: BuildConfig, progress: Progress | None = None, command: str = "") -> Report:
     """Compile `model` as `config` asks and write the directory `config.package.output`.
 
@@ -120,12 +80,11 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
     progress = progress or Progress()
     check_destination(config.package.output, config.package.force)
     check_readable(config.calibration)
-    _check_providers(config)
     with workspace(config.package.output) as place:
         compiled = _compile(model, config, progress, place, command)
         gc.collect()  # programs hold themselves in circles
         with progress.stage("verify") as say:
-            stages = _measure(compiled, place, say)
+            stages = measure(compiled, place, say)
         with progress.stage("package"):
             files, manifest = compiled.product.files, compiled.product.manifest
             sizes = {name: size_of(file) for name, file in files.items() if name not in compiled.product.genai}
@@ -138,20 +97,7 @@ def build(model: str, config: BuildConfig, progress: Progress | None = None, com
     return report
 
 
-def _check_providers(config: BuildConfig) -> None:
-    """Raise ConfigError for graphs that cannot be tried here."""
-    if "cuda" in config.lower.target and config.quantize.quantize == "bf16" and not _providers("cuda"):
-        raise ConfigError("products in bf16 run on a GPU alone: build for cuda where onnxruntime has it, or use fp16")
-
-
-def _providers(target: str) -> list[str | tuple[str, dict[str, Any]]] | None:
-    """What tries a target's graphs; None: a CPU."""
-    if target == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    return None
-
-
-def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, command: str) -> _Compiled:
+def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, command: str) -> Compiled:
     """Every stage that holds the model in torch, up to the graph files in `place`."""
     with progress.stage("load"):
         loaded = load(model, **dict(config.load))
@@ -173,37 +119,63 @@ def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, c
         few = heldout[:PARITY_ROWS, :PARITY_TIME]
     with progress.stage("distill") as say:
         distilled = distill(recognized, config.distill, sequences.calibration, say, sequences.sampled)
+    programs, poles = {"captured": captured, "distilled": distilled.program}, None
+    if config.quantize.poles is not None:
+        with progress.stage("poles"):
+            programs["poles"], poles = quantize_poles(distilled.program, config.quantize.poles)
     with progress.stage("streamify"):
-        streamed = streamify(distilled.program, config.streamify.max_context)
-        verify.check_streamed(streamed, distilled.program, few)
+        *_, whole = programs.values()
+        streamed = streamify(whole, config.streamify.max_context)
+        verify.check_streamed(streamed, whole, few)
     with progress.stage("lower"):
         targets = [lower(streamed, target) for target in config.lower.target]
         graph, *_ = [check_graphs(lowered, streamed.signal) for lowered in targets]
-    with progress.stage("quantize"):
-        quantized = [quantize(lowered, config.quantize) for lowered in targets]
+    with progress.stage("quantize") as say:
+        plan = plan_weights(
+            targets[0], config.quantize, config.weights_budget, sequences.calibration, sequences.sampled, say
+        )
+        quantized = [quantize(lowered, config.quantize, plan) for lowered in targets]
+        states = _kept_states(streamed, config, sequences.calibration)
     with progress.stage("compare") as say:
         say(f"on {heldout.shape[:2].numel()} held-out positions")
         try:
             reference = verify.Reference(loaded.module, heldout, place / "reference")
         except OSError as error:
             raise DestinationError(f"cannot write the source's outputs into {place}: {error.strerror}") from error
-        programs = {"captured": captured, "distilled": distilled.program, "streamed": streamed}
-        stages = verify.fidelity(reference, programs)
+        stages = verify.fidelity(reference, programs | {"streamed": streamed})
         expected = verify.fed(streamed, few)
+    product = [keep_states(each.lowered, states) for each in quantized]
     report = report_of(
         loaded, quantized[0], streamed, distilled, stages, graph, config.distill.rise, command, sequences.source
     )
+    fixed = len(plan.signals), plan.listened
+    report = report.model_copy(update=rounding_of(config, poles, plan.allotted, fixed, product[0].states))
+    stopping = None
+    if config.lower.mask:
+        first = next(each for each in quantized if each.lowered.target in PROVIDERS)
+        stopping = keep_states(masked(first.lowered, first.inner_step), states)
     contents = partial(_contents, loaded, streamed, report, config, place)
-    smaller = config.quantize.quantize != "none"
-    return _Compiled(
+    smaller, shorter = config.quantize.quantize != "none", states != streamed.states
+    lasting = [each.lowered for each in quantized]
+    return Compiled(
         targets={lowered.target: lowered.batch for lowered in targets},
-        onnx=contents("onnx", targets, product=not smaller),
-        rounded=contents("rounded", [each.rounded for each in quantized], product=False) if smaller else None,
-        quantized=contents("quantized", [each.lowered for each in quantized], product=True) if smaller else None,
+        onnx=contents("onnx", targets, stopping, product=not smaller and not shorter),
+        rounded=contents("rounded", [each.rounded for each in quantized]) if smaller else None,
+        quantized=contents("quantized", lasting, stopping, product=not shorter) if smaller else None,
+        kept=contents("kept", product, stopping, product=True) if shorter else None,
+        states=(streamed.states, states),
+        fixed=config.quantize.activations == "static",
         report=report,
         expected=expected,
         reference=reference,
+        drift=heldout[:PARITY_ROWS],
     )
+
+
+def _kept_states(streamed: Program, config: BuildConfig, sequences: torch.Tensor) -> tuple[State, ...]:
+    dtype = config.quantize.state
+    ranges = state_ranges(streamed, sequences[:, : config.streamify.max_context]) if dtype == "int8" else None
+    return kept_in(streamed.states, dtype, ranges)
 
 
 def _contents(
@@ -214,78 +186,23 @@ def _contents(
     place: Path,
     name: str,
     targets: list[Lowered],
-    product: bool,
-) -> _Contents:
-    """The graphs of every target, written into a folder of their own in `place`, and what goes with the product."""
+    stopping: Lowered | None = None,
+    product: bool = False,
+) -> Contents:
+    """The graphs of every target, written into a folder of their own in `place`, and what goes with the product.
+
+    stopping: graphs with an attention_mask, which the product has
+    """
     (place / name).mkdir()
     tokenizer = config.calibration.tokenizer
-    mask = config.lower.mask and product
-    files = graph_files(targets, place / name, mask)
+    targets = [complete(lowered, decode=product) for lowered in targets]
+    stopping = complete(stopping) if product and stopping is not None else None
+    files = graph_files(targets, place / name, stopping)
     if tokenizer is not None:
         files["tokenizer.json"] = tokenizer
-    manifest = manifest_of(loaded, targets, program, report, tokenizer is not None, mask)
+    manifest = manifest_of(loaded, targets, program, report, tokenizer is not None, stopping is not None)
     genai = genai_of(manifest, tokenizer) if product else GenaiFiles({})
-    return _Contents(name, files | genai.files, manifest, frozenset(genai.files), genai.notes)
-
-
-def _measure(compiled: _Compiled, place: Path, say: Callable[[str], None]) -> list[StageFidelity]:
-    """The figures of every stage; graphs are tried in a directory, through the runtime that users drive them with.
-
-    Those of the graphs come last, target by target, and that of the first target at the very end. Quantized graphs are
-    held against those of the weights' rounded values, their figures against the source.
-    """
-
-    def model(contents: _Contents, target: str, shared: bool = True) -> verify.SessionModel:
-        directory = place / f"{contents.name}, tried"
-        if not directory.exists():
-            package(directory, contents.files, contents.manifest, force=False)
-        return verify.SessionModel(partial(_open, directory, target, shared), compiled.targets[target])
-
-    stages = list(compiled.report.stages)
-    first, precision = next(iter(compiled.targets)), compiled.report.quantize
-    with_mask = compiled.product.manifest.masked is not None
-    stopping = next((target for target in compiled.targets if with_mask and target in PROVIDERS), None)
-    for target in reversed(compiled.targets):
-        behind = "" if target == first else f", {target}"
-        say(f"feeding the graphs for {target} in every cut")
-        onnx = model(compiled.onnx, target)
-        verify.check_session(onnx, compiled.expected)
-        say("measuring on the held-out positions")
-        stages += verify.fidelity(compiled.reference, {f"onnx{behind}": onnx})[1:]
-        if compiled.quantized is None and target == stopping:
-            _check_masked(compiled, place, onnx, compiled.expected, verify.ONNX)
-        del onnx  # its memory is for the next
-        if compiled.rounded is None or compiled.quantized is None:
-            continue
-        tokens = compiled.expected.tokens
-        expected = model(compiled.rounded, target).feed(tokens, [tokens.shape[1]])
-        smaller = model(compiled.quantized, target, shared=False)
-        say(f"feeding the graphs in {precision} for {target} in every cut")
-        tolerance = verify.quantized_tolerance(target, precision)
-        verify.check_session(smaller, expected, tolerance)
-        if target == stopping:
-            _check_masked(compiled, place, smaller, expected, tolerance)
-        stages += verify.fidelity(compiled.reference, {f"{precision}{behind}": smaller})[1:]
-    verify.check_finite(stages)
-    return stages
-
-
-def _check_masked(
-    compiled: _Compiled, place: Path, plain: verify.SessionModel, expected: verify.Fed, tolerance: verify.Tolerance
-) -> None:
-    contents = compiled.product
-    assert contents.manifest.masked is not None
-    folder = place / contents.name
-    step, prefill = contents.manifest.masked.step, contents.manifest.masked.prefill
-    check_masked(folder / step.file, folder / prefill.file, plain, expected, tolerance)
-
-
-def _open(directory: Path, target: str, shared: bool, batch: int) -> Session:
-    providers = _providers(target)
-    shared = shared and providers is None
-    return Session.load(
-        directory, target=target, batch=batch, providers=providers, verify=False, share_weights=shared
-    )
+    return Contents(name, files | genai.files, manifest, frozenset(genai.files), genai.notes)
 
 
 def _probe(program: Program) -> torch.Tensor:

@@ -73,12 +73,20 @@ def onnx_stream(lowered: Lowered) -> Stream:
         for model in (lowered.step, lowered.prefill)
     )
 
-    def run(tokens: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def call(tokens: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         session = step if tokens.shape[1] == 1 else prefill
         names = [value.name for value in session.get_inputs()]
         arrays = [value.numpy() for value in (tokens, *states)]
         logits, *after = session.run(None, dict(zip(names, arrays, strict=True)))
         return torch.from_numpy(np.asarray(logits)), [torch.from_numpy(np.asarray(state)) for state in after]
+
+    piece = prefill.get_inputs()[0].shape[1]
+    if not isinstance(piece, int):
+        return call
+
+    def run(tokens: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Calls of the prefill graph for as many tokens as it takes, and of the step graph for what is left."""
+        return feed(call, tokens, states, [piece] * (tokens.shape[1] // piece) + [1] * (tokens.shape[1] % piece))
 
     return run
 

@@ -18,7 +18,7 @@ from lhcompile.artifacts import Program, Sequences
 from lhcompile.calibrate.features import read_features
 from lhcompile.config import CalibrationConfig
 from lhcompile.errors import ConfigError
-from lhcompile.parallel import one_thread
+from lhcompile.parallel import threads_for
 
 __all__ = ["SAMPLED_LENGTH", "calibrate", "check_readable", "token_limit"]
 
@@ -155,7 +155,6 @@ def _spread(available: int, count: int) -> Tensor:
     return torch.linspace(0, available - 1, min(count, available)).round().long()
 
 
-@one_thread()
 @torch.no_grad()
 def _sample(program: Program, rows: int, length: int, limit: int, seed: int) -> Tensor:
     """Sequences drawn token by token at temperature 1 from a random first token, [rows, length]."""
@@ -163,9 +162,10 @@ def _sample(program: Program, rows: int, length: int, limit: int, seed: int) -> 
     tokens = torch.randint(0, limit, (rows, 1), generator=generator)
     states = program.start(rows)
     sequence = [tokens]
-    for _ in range(length - 1):
-        logits, *states = program.graph(tokens, *states)
-        chances = logits[:, -1, :limit].double().softmax(-1)
-        tokens = torch.multinomial(chances, 1, generator=generator)
-        sequence.append(tokens)
+    with threads_for(program.graph):
+        for _ in range(length - 1):
+            logits, *states = program.graph(tokens, *states)
+            chances = logits[:, -1, :limit].double().softmax(-1)
+            tokens = torch.multinomial(chances, 1, generator=generator)
+            sequence.append(tokens)
     return torch.cat(sequence, dim=1)

@@ -31,7 +31,7 @@ _PRICES = 1.5
 
 
 class Bank:
-    """Filters [filters, length] with their weights [filters, bins] or None.
+    """Filters [filters, length] with their weights [filters, bins] or None, reduced on a GPU where torch has one.
 
     method: "hankel", "varpro", or "auto", refined where that takes seconds; say: told what is going on
     heads: int [filters], first taps that are kept exactly; None: the first alone, which is the direct term
@@ -46,6 +46,7 @@ class Bank:
         heads: Tensor | None = None,
     ) -> None:
         self._taps, self._weights, self._method, self._say = taps, weights, method, say
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         heads = torch.ones(len(taps), dtype=torch.int64) if heads is None else heads
         self._lengths, self._kind = heads.unique(return_inverse=True)
         self._reducers: list[Reducer] = []
@@ -60,7 +61,7 @@ class Bank:
             method = "varpro" if order <= REFINED else "hankel"
         if (order, method) not in self._found:
             self._say(f"reducing {len(self._taps)} filters of length {self._taps.shape[1]} to order {order} ({method})")
-            parts = [reducer.reduce(order, method, _UNIT) for reducer in self._each()]
+            parts = [reducer.reduce(order, method, _UNIT).cpu() for reducer in self._each()]
             places = [(self._kind == kind).nonzero().squeeze(1) for kind in range(len(parts))]
             laid = [spread(part, where, len(self._taps)) for part, where in zip(parts, places, strict=True)]
             self._found[order, method] = parts[0] if len(parts) == 1 else select(laid, self._kind)
@@ -72,7 +73,7 @@ class Bank:
         if self._size is None:
             self._size = torch.ones_like(found.error)
             for kind, reducer in enumerate(self._each()):
-                self._size[self._kind == kind] = reducer.norm.size(reducer.norm.taps).clamp_min(1e-300)
+                self._size[self._kind == kind] = reducer.norm.size(reducer.norm.taps).cpu().clamp_min(1e-300)
         noise = found.system.noise(_UNIT) / self._size
         return found.error.square() + noise.square()
 
@@ -81,8 +82,8 @@ class Bank:
         if not self._reducers:
             for kind, head in enumerate(self._lengths.tolist()):
                 rows = self._kind == kind
-                weights = None if self._weights is None else self._weights[rows]
-                self._reducers.append(factorize(self._taps[rows], _RANK, weights, head=head))
+                weights = None if self._weights is None else self._weights[rows].to(self._device)
+                self._reducers.append(factorize(self._taps[rows].to(self._device), _RANK, weights, head=head))
         return self._reducers
 
 

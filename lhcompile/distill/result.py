@@ -50,6 +50,19 @@ class Reduction:
             hankel_singular_values=self.hankel_singular_values[filters],
         )
 
+    def cpu(self) -> Reduction:
+        """The same in the memory of the CPU."""
+        whole = self.system
+        system = ModalSSM(whole.poles.cpu(), whole.residues.cpu(), whole.direct.cpu())
+        return replace(
+            self,
+            system=system,
+            head=self.head.cpu(),
+            error=self.error.cpu(),
+            bound=self.bound.cpu(),
+            hankel_singular_values=self.hankel_singular_values.cpu(),
+        )
+
     def single(self) -> Reduction:
         """The same with poles, residues and heads rounded to single precision, as they are built."""
         whole = self.system

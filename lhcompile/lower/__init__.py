@@ -2,24 +2,32 @@
 
 PyTorch's exporter translates every ordinary operator; the lhc operators are translated by the lowering of the
 target, one file each: `Step` and `Prefill` (None where one token at a time is all there is), and `BATCH`, the number of
-rows where it is fixed. Both graphs have the inputs `input_ids` and the states by layer, the outputs `logits` and the
-new states in the same order. Only batch is dynamic, and seq in prefill.
+rows where it is fixed, as `Prefill.time` is that of tokens a call. For some, groups of operators become the project's
+own first. Both graphs have the inputs `input_ids` and the states by layer, the outputs `logits` and the new states in
+the same order. Only batch is dynamic, and seq in prefill.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
+
+import onnx_ir as ir
 
 from lhcompile.artifacts import Lowered, Program
 from lhcompile.config import Target
 from lhcompile.lower import cpu, cuda, mcu, portable, web
+from lhcompile.lower.decode import decoding
 from lhcompile.lower.export import export_onnx
-from lhcompile.lower.external import WEIGHTS_NAME, weight_places, write_graphs
+from lhcompile.lower.external import WEIGHTS_NAME, share_tensors, weight_places, write_graphs
+from lhcompile.lower.forms import StatesAsKept, with_functions
+from lhcompile.lower.fuse import fuse
 from lhcompile.lower.masked import masked
 
-__all__ = ["WEIGHTS_NAME", "lower", "masked", "weight_places", "write_graphs"]
+__all__ = ["WEIGHTS_NAME", "complete", "lower", "masked", "weight_places", "write_graphs"]
 
 _TARGETS: dict[Target, ModuleType] = {"portable": portable, "cpu": cpu, "cuda": cuda, "web": web, "mcu": mcu}
+_FUSED: frozenset[Target] = frozenset(["cuda"])
 
 
 def lower(program: Program, target: Target) -> Lowered:
@@ -28,8 +36,30 @@ def lower(program: Program, target: Target) -> Lowered:
     Raises LowerError when an operator has no ONNX form.
     """
     chosen = _TARGETS[target]
+    program = fuse(program) if target in _FUSED else program
     step = export_onnx(program, chosen.Step, one_token=True, batch=chosen.BATCH)
     prefill = step
     if chosen.Prefill is not None:
-        prefill = export_onnx(program, chosen.Prefill, one_token=False, batch=chosen.BATCH)
-    return Lowered(step=step, prefill=prefill, target=target, states=program.states, batch=chosen.BATCH)
+        chosen_prefill = chosen.Prefill.within(program)
+        prefill = export_onnx(program, chosen_prefill, one_token=False, batch=chosen.BATCH, time=chosen_prefill.time)
+        share_tensors(step, prefill)
+    lowered = Lowered(step=step, prefill=prefill, target=target, states=program.states, batch=chosen.BATCH)
+    return complete(lowered)
+
+
+def complete(lowered: Lowered, decode: bool = False) -> Lowered:
+    """The graphs as they are written: with the functions of their fused operators, which follow from the types around
+    those, and states that are cast for such an operator alone read and written by it as they are.
+
+    decode: with a decode graph, where the target has one
+    """
+    step = _completed(lowered.step)
+    alone = lowered.prefill is lowered.step
+    prefill = step if alone else _completed(lowered.prefill)
+    chosen = decode and lowered.target in _FUSED and step.graph.inputs[0].dtype == ir.DataType.INT64
+    return replace(lowered, step=step, prefill=prefill, decode=with_functions(decoding(step)) if chosen else None)
+
+
+def _completed(model: ir.Model) -> ir.Model:
+    StatesAsKept()(model)
+    return with_functions(model)

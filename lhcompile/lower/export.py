@@ -30,10 +30,11 @@ _RESHAPES = {*_VIEWS, aten.expand.default}
 
 
 def export_onnx(
-    program: Program, lowering: type[Lowering], one_token: bool, batch: int | None = None
+    program: Program, lowering: type[Lowering], one_token: bool, batch: int | None = None, time: int | None = None
 ) -> ir.Model:
-    """One graph of `program`: for a single token, or for any number of them; for `batch` rows, any number if None."""
-    exported, arguments = _retrace(program, one_token, batch)
+    """One graph of `program`: for a single token, or for `time` of them; for `batch` rows; any number where None."""
+    time = 1 if one_token else time
+    exported, arguments = _retrace(program, time, batch)
     weights = {
         spec.arg.name: _weight(exported, spec.target)
         for spec in exported.graph_signature.input_specs
@@ -59,16 +60,15 @@ def export_onnx(
 
 
 def _retrace(
-    program: Program, one_token: bool, batch: int | None
+    program: Program, time: int | None, batch: int | None
 ) -> tuple[ExportedProgram, tuple[torch.Tensor, ...]]:
-    """Export the program with batch (unless it is given) and seq (unless it is one) dynamic."""
-    time = 1 if one_token else 7
-    ids = program.signal.constant(batch or 2, time)
+    """Export the program with batch and seq dynamic, unless they are given."""
+    ids = program.signal.constant(batch or 2, time or 7)
     arguments = (ids, *program.start(batch or 2))
     rows: dict[int, Any] = {} if batch else {0: Dim("batch", min=1)}
     dynamic = tuple(dict(rows) for _ in program.states)
-    ids_dynamic = rows if one_token else rows | {1: Dim("seq", min=1)}
-    module = _simplified(program.graph, one_token)
+    ids_dynamic = rows if time else rows | {1: Dim("seq", min=1)}
+    module = _simplified(program.graph, time)
     try:
         with torch.no_grad(), _quiet():
             exported = torch.export.export(module, arguments, dynamic_shapes=(ids_dynamic, *dynamic), strict=False)
@@ -78,7 +78,7 @@ def _retrace(
     return exported, arguments
 
 
-def _simplified(module: GraphModule, one_token: bool) -> GraphModule:
+def _simplified(module: GraphModule, time: int | None) -> GraphModule:
     """Reshapes in a row become one, and write a single dynamic size as -1, so that no shape is read for it."""
     module = copy.copy(module)
     module.graph = copy.deepcopy(module.graph)
@@ -88,21 +88,21 @@ def _simplified(module: GraphModule, one_token: bool) -> GraphModule:
         if node.target in _RESHAPES:
             while node.target in _VIEWS and node.args[0].target in _VIEWS:
                 node.args = (node.args[0].args[0], *node.args[1:])
-            sizes: list[Any] = [_known(size, one_token) for size in node.meta["sizes"]]
+            sizes: list[Any] = [_known(size, time) for size in node.meta["sizes"]]
             if sizes.count(-1) > 1:  # several are dynamic: each is written out
                 with graph.inserting_before(node):
-                    batch, time = (graph.call_function(aten.sym_size.int, (ids, axis)) for axis in (0, 1))
-                    sizes = [emit_size(graph, size, batch, time) for size in node.meta["sizes"]]
+                    axes = [graph.call_function(aten.sym_size.int, (ids, axis)) for axis in (0, 1)]
+                    sizes = [emit_size(graph, size, *axes) for size in node.meta["sizes"]]
             node.args = (node.args[0], sizes, *node.args[2:])
     graph.eliminate_dead_code()
     module.recompile()
     return module
 
 
-def _known(size: Size, one_token: bool) -> int:
+def _known(size: Size, time: int | None) -> int:
     """The size as a number, -1 where it is dynamic."""
-    dynamic = size.has_batch or (size.has_time and not one_token)
-    return -1 if dynamic else size.scale + size.offset
+    dynamic = size.has_batch or (size.has_time and time is None)
+    return -1 if dynamic else size.scale * (time or 0) + size.offset
 
 
 def _reason(error: torch.onnx.OnnxExporterError) -> str:

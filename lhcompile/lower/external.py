@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import onnx_ir as ir
+import torch
 
-__all__ = ["WEIGHTS_NAME", "WeightPlace", "weight_places", "write_graphs"]
+__all__ = ["WEIGHTS_NAME", "WeightPlace", "share_tensors", "weight_places", "write_graphs"]
 
 WEIGHTS_NAME = "weights.bin"
 MOST_INLINE = 64 << 20
@@ -56,11 +57,15 @@ class WeightPlace:
 
 
 class _Weights:
-    """weights.bin while it is written: where each tensor begins, by the hash of its bytes."""
+    """weights.bin while it is written: where each tensor begins, by the hash of its bytes.
+
+    Graphs that share a tensor object have its bytes made and hashed once.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._offsets: dict[bytes, int] = {}
+        self._taken: dict[int, tuple[ir.TensorProtocol, int, int]] = {}  # a tensor lives as long as its id is kept
 
     def take(self, model: ir.Model) -> None:
         """Writes the model's weights; its initializers refer to the file from then on."""
@@ -69,15 +74,39 @@ class _Weights:
                 value.const_value = self._external(value, tensor)
 
     def _external(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
-        data = tensor.tobytes()
+        if id(tensor) not in self._taken:
+            self._taken[id(tensor)] = tensor, *self._place(tensor.tobytes())
+        _, offset, length = self._taken[id(tensor)]
+        assert value.name is not None
+        shape = ir.Shape(tensor.shape.numpy())
+        return ir.ExternalTensor(WEIGHTS_NAME, offset, length, tensor.dtype, shape=shape, name=value.name)
+
+    def _place(self, data: bytes) -> tuple[int, int]:
+        """Offset and length of bytes that are in the file, from now on if they were not."""
         key = hashlib.sha256(data).digest()
         if key not in self._offsets:
             self._stream.write(b"\0" * (-self._stream.tell() % PAGE))
             self._offsets[key] = self._stream.tell()
             self._stream.write(data)
-        assert value.name is not None
-        place = (WEIGHTS_NAME, self._offsets[key], len(data))
-        return ir.ExternalTensor(*place, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name)
+        return self._offsets[key], len(data)
+
+
+def share_tensors(one: ir.Model, other: ir.Model) -> None:
+    """Weights of the other model that lie where one of the first model's does become the same object: both are views of
+    the module's memory."""
+    known = {view: tensor for _, tensor in _initializers(one) if (view := _view(tensor)) is not None}
+    for value, tensor in _initializers(other):
+        view = _view(tensor)
+        if view in known:
+            value.const_value = known[view]
+
+
+def _view(tensor: ir.TensorProtocol) -> tuple[Any, ...] | None:
+    """The memory that a tensor of torch's is a view of, and how."""
+    raw = tensor.raw
+    if not isinstance(raw, torch.Tensor) or not raw.numel():
+        return None
+    return raw.data_ptr(), raw.dtype, raw.shape, raw.stride()
 
 
 def weight_places(model: ir.Model) -> dict[str, WeightPlace]:
@@ -85,7 +114,7 @@ def weight_places(model: ir.Model) -> dict[str, WeightPlace]:
     return {
         str(value.name): WeightPlace(tensor.offset or 0, tensor.dtype.numpy().name, tuple(tensor.shape.numpy()))
         for value, tensor in _initializers(model)
-        if isinstance(tensor, ir.ExternalTensor) and tensor.dtype.bitwidth >= 8 and tensor.dtype != ir.DataType.BFLOAT16
+        if isinstance(tensor, ir.ExternalTensor) and tensor.dtype.numpy().isbuiltin == 1
     }
 
 

@@ -25,9 +25,13 @@ __all__ = ["masked"]
 _END = 2**63 - 1
 
 
-def masked(lowered: Lowered) -> Lowered:
-    """The same model with the mask; `lowered` stays as it is."""
-    return dataclasses.replace(lowered, step=_step(lowered.step), prefill=_prefill(lowered.prefill, lowered.step))
+def masked(lowered: Lowered, inner_step: ir.Model | None = None) -> Lowered:
+    """The same model with the mask; `lowered` stays as it is.
+
+    inner_step: the step graph in the form that the Scan runs, where its own does not run inside of another graph
+    """
+    prefill = _prefill(lowered.prefill, inner_step or lowered.step)
+    return dataclasses.replace(lowered, step=_step(lowered.step), prefill=prefill)
 
 
 def _step(step: ir.Model) -> ir.Model:

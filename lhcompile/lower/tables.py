@@ -27,7 +27,7 @@ class ChunkTables:
     lags:    int [Q, Q]      [j, i] → i - j + 1 for i ≥ j, else 0: gathers `taps` into a Toeplitz matrix
     inject:  [F, Q, d]       A^{Q-1-j} b: what input j leaves in the state at the chunk's end
     observe: [F, d, Q]       c A^{i+1}: what output i hears of the state before the chunk
-    powers:  [Q + 1, 2, F, d]  A^k as (own, other)
+    powers:  [Q + 1, 2, d, F]  A^k as (own, other)
     """
 
     taps: Array
@@ -51,7 +51,7 @@ def chunk_tables(system: RealModal, chunk: int) -> ChunkTables:
         lags=(index[None, :] - index[:, None] + 1).clamp(min=0).numpy(),
         inject=rounded(driven[:-1].flip(0).permute(2, 0, 1)),
         observe=rounded(observe.permute(2, 1, 0)),
-        powers=rounded(torch.stack([own, other], 1).transpose(2, 3)),
+        powers=rounded(torch.stack([own, other], 1)),
     )
 
 

@@ -1,7 +1,8 @@
-"""The lowering for browsers: one row, and a step without an operator that would leave the GPU.
+"""The lowering for browsers: one row, and no operator that would leave the GPU.
 
 onnxruntime-web runs what its WebGPU provider has no kernel for on the CPU, and every change of sides costs a copy and a
-wait. So a step scatters nothing, and computes nothing with 64-bit integers but what a Gather takes as its index.
+wait. So the graphs scatter nothing, loop over nothing, find out no size as they run, and compute nothing with 64-bit
+integers but what a Gather takes as its index. A prefill takes a fixed number of tokens: one chunk (docs/decisions/020).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from lhcompile.lower import attention, portable
-from lhcompile.lower.portable import Prefill
 
 __all__ = ["BATCH", "WEBGPU", "WEBGPU_OF", "Prefill", "Step", "without_kernel"]
 
@@ -38,6 +38,15 @@ class Step(portable.Step):
     gathers = True
     position = staticmethod(attention.position_one_narrow)
     attention = staticmethod(attention.attend_one_chosen)
+
+
+class Prefill(portable.Prefill):
+    """So many tokens of one row; what a prompt has beyond a multiple of them is for the step."""
+
+    time = 32
+    gathers = True
+    position = staticmethod(attention.position_narrow)
+    attention = staticmethod(attention.attend_chosen)
 
 
 def without_kernel(model: ir.Model) -> list[str]:

@@ -108,11 +108,15 @@ class Graph(_Part):
 class Graphs(_Part):
     """Two graphs with the same inputs and outputs in the same order; step takes one position a call.
 
+    decode: the step graph with the choice of the next token behind it. Its inputs are those of the step graph, then
+        uniform float32 in [0, 1), temperature float32, top_k int64 and top_p float32, all [batch]; its outputs are
+        tokens int64 [batch, 1] in place of the logits, and the new states
     batch: rows that they are for, any number if it is not said
     """
 
     step: Graph
     prefill: Graph
+    decode: Graph | None = None
     batch: Positive | None = None
 
 
@@ -139,7 +143,7 @@ class State(_Part):
     input: Name
     output: Name
     shape: list[Count | Name]
-    dtype: Literal["float32", "float16", "int64", "int32"]
+    dtype: Literal["float32", "float16", "int8", "int64", "int32"]
     kind: Name
     module: str
     capacity: Positive | None = None
@@ -204,7 +208,7 @@ class Manifest(_Part):
     format_version: Literal[1] = FORMAT_VERSION
     lhcompile_version: Name
     target: Target
-    quantize: Literal["none", "fp16", "bf16", "int8", "int4"] | None = None
+    quantize: Literal["none", "fp16", "bf16", "fp8", "int8", "int4"] | None = None
     model: ModelInfo
     tokenizer: Tokenizer | None = None
     graphs: Graphs
@@ -245,7 +249,7 @@ class Manifest(_Part):
     def named_files(self) -> list[str]:
         """The files that other parts of the manifest refer to."""
         pairs = [pair for pair in (self.graphs, *(self.variants or {}).values(), self.masked) if pair is not None]
-        graphs = [graph for pair in pairs for graph in (pair.step, pair.prefill)]
+        graphs = [graph for pair in pairs for graph in (pair.step, pair.prefill, pair.decode) if graph is not None]
         named = [graph.file for graph in graphs]
         named += sorted({graph.weights.file for graph in graphs if graph.weights is not None})
         if self.tokenizer is not None and self.tokenizer.file is not None:

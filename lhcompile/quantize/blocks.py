@@ -18,7 +18,7 @@ from lhcompile.quantize.stored import Form, Stored
 from lhcompile.quantize.weights import Use
 from lhcompile.quantize.writer import Writer
 
-__all__ = ["BLOCK", "fused_weight", "integer_products", "integer_table", "linear_weight"]
+__all__ = ["BLOCK", "fixed_signals", "fused_weight", "integer_products", "integer_table", "linear_weight"]
 
 Array = NDArray[Any]
 BLOCK, SMALLER = 32, 16
@@ -38,7 +38,7 @@ _SIGNED_BYTES = 4
 def linear_weight(bits: int) -> Form:
     """MatMul(x, DequantizeLinear(codes, scales)) for codes [inputs, outputs] of 4 or 8 bits.
 
-    onnxruntime makes one kernel of both where one operator alone reads the weight.
+    onnxruntime makes one kernel of both where one operator alone reads the codes and the scales, so each has its own.
     """
     return Form(partial(_store_linear, bits), _dequantize, _dequantize)
 
@@ -50,6 +50,15 @@ def integer_products() -> Form:
     the call: x ≈ a (q − 128), y = a · s ∘ MatMulInteger(q, codes).
     """
     return Form(partial(_store_linear, _NARROW), _dequantize, _multiply)
+
+
+def fixed_signals(low: float, high: float) -> Form:
+    """Codes of 7 bits, and signals in 8 by one scale and zero point for all tokens, from what calibration reached:
+    MatMul(DequantizeLinear(QuantizeLinear(x)), DequantizeLinear(codes, scales)), a product of bytes in onnxruntime."""
+    least, largest = min(low, 0.0), max(high, _SMALLEST)
+    unit = (largest - least) / 255
+    zero = round(-least / unit)
+    return Form(partial(_store_linear, _NARROW), *[partial(_multiply_fixed, unit, zero)] * 2)
 
 
 def fused_weight(bits: int) -> Form:
@@ -121,7 +130,7 @@ def _blocks(codes: Codes, block: int) -> Array:
 
 
 def _dequantize(writer: Writer, use: Use, stored: Stored) -> None:
-    codes, scales = (writer.tensor(*item) for item in stored.tensors.items())
+    codes, scales = (writer.tensor(*item, apart=True) for item in stored.tensors.items())
     blocks: dict[str, Any] = {"axis": 1}
     if len(stored.tensors["scales"].shape) == 2:
         blocks = {"axis": 0, "block_size": _block(use.rows())}
@@ -137,6 +146,13 @@ def _multiply(writer: Writer, use: Use, stored: Stored) -> None:
     bytes_ = op("QuantizeLinear", op("Div", x, unit), writer.number(1), zero)
     total = op("Cast", op("MatMulInteger", bytes_, codes, zero), to=ir.DataType.FLOAT.value)
     writer.become(op("Mul", op("Mul", total, scales), unit))
+
+
+def _multiply_fixed(unit: float, zero: int, writer: Writer, use: Use, stored: Stored) -> None:
+    ends = writer.number(unit), writer.constant(np.array(zero, np.uint8))
+    signal = writer.op("DequantizeLinear", writer.op("QuantizeLinear", writer.signal, *ends), *ends)
+    codes, scales = (writer.tensor(*item) for item in stored.tensors.items())
+    writer.become(writer.op("MatMul", signal, writer.op("DequantizeLinear", codes, scales, axis=1)))
 
 
 def _fuse(writer: Writer, use: Use, stored: Stored) -> None:

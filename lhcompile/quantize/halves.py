@@ -27,8 +27,10 @@ def half_weight(precision: str) -> Form:
 
 
 def half_products(precision: str) -> Form:
-    """Cast(MatMul(Cast(x), w)): the product runs in 16 bits, everything around it in float32."""
-    return Form(partial(_store, precision), _multiply, _multiply)
+    """For a GPU. A fused Linear reads the weight as it is (`quantize.signals`). Any other product runs in 16 bits,
+    Cast(MatMul(Cast(x), w)), in float32 for bf16, which not every runtime multiplies."""
+    write = _multiply if precision == "fp16" else _widen
+    return Form(partial(_store, precision), write, write)
 
 
 def half_table(precision: str) -> Form:
@@ -59,11 +61,23 @@ def _cast(writer: Writer, use: Use, stored: Stored) -> None:
 
 def _multiply(writer: Writer, use: Use, stored: Stored) -> None:
     weight = _half(writer, stored)
+    if use.fused:
+        writer.read(weight)
+        return
     assert weight.dtype is not None
     x = writer.op("Cast", writer.signal, to=weight.dtype.value)
     writer.become(writer.op("Cast", writer.op("MatMul", x, weight), to=ir.DataType.FLOAT.value))
 
 
+def _widen(writer: Writer, use: Use, stored: Stored) -> None:
+    if use.fused:
+        writer.read(_half(writer, stored))
+    else:
+        _cast(writer, use, stored)
+
+
 def _look_up(writer: Writer, use: Use, stored: Stored) -> None:
-    entries = writer.op("Gather", _half(writer, stored), writer.signal, axis=0)
+    table, entry = _half(writer, stored), use.node.outputs[0]
+    entries = writer.op("Gather", table, writer.signal, axis=0)
+    entries.shape, entries.type = entry.shape, table.type
     writer.become(writer.op("Cast", entries, to=ir.DataType.FLOAT.value))

@@ -10,16 +10,17 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-__all__ = ["SpellGemm", "Use", "matrices", "tables"]
+__all__ = ["DOMAIN", "LINEAR", "SpellGemm", "Use", "matrices", "tables"]
 
 Array = NDArray[Any]
+DOMAIN, LINEAR = "lhcompile", "Linear"
 _MOVES = {"Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze"}
 
 
 @dataclass(frozen=True)
 class Use:
-    """An operator that reads a quantized weight, which is its input `index`: [inputs, outputs] of a MatMul, [entries,
-    width] of a Gather."""
+    """An operator that reads a quantized weight, which is its input `index`: [inputs, outputs] of a MatMul, [outputs,
+    inputs] of a fused Linear, [entries, width] of a Gather."""
 
     node: ir.Node
     index: int
@@ -41,19 +42,30 @@ class Use:
     def looked_up(self) -> bool:
         return self.node.op_type == "Gather"
 
+    @property
+    def fused(self) -> bool:
+        return self.node.op_type == LINEAR
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the weight's own layout is that of `rows`."""
+        return self.looked_up or self.fused
+
     def rows(self) -> Array:
         """The weight as [rows, columns], float32: a row is summed over by one output, or is one entry."""
         return self.laid_out(_array(self.value))
 
     def laid_out(self, array: Array) -> Array:
         """Between the weight's own layout and `rows`, either way, and no copy."""
-        return array if self.looked_up else array.T
+        return array if self.by_rows else array.T
 
 
 def matrices(graph: ir.Graph) -> Iterator[Use]:
-    """MatMul with a constant matrix [inputs, outputs]. Short convolutions whose channels mix are none: their taps are a
+    """MatMul and fused Linear with a constant matrix. Short convolutions whose channels mix are none: their taps are a
     matrix in the step graph alone, where it meets the window of a state."""
     for node in list(graph):
+        if node.op_type == LINEAR and node.domain == DOMAIN and _is_matrix(node.inputs[1]):
+            yield Use(node, 1)
         if node.op_type == "MatMul" and not node.domain and _is_matrix(node.inputs[1]) and not _window(node.inputs[0]):
             yield Use(node, 1)
 

@@ -27,13 +27,19 @@ class Writer:
         self.signal = use.signal
         self.weight = use.value.name
 
-    def tensor(self, role: str, tensor: ir.TensorProtocol) -> ir.Value:
-        """An initializer of the weight's, once however many operators read it."""
-        return self._initializer(f"{self.weight}.{role}", tensor)
+    def tensor(self, role: str, tensor: ir.TensorProtocol, apart: bool = False) -> ir.Value:
+        """An initializer of the weight's: one however many operators read it, or one for each of them if `apart`.
+
+        Those hold the same tensor, which a file of weights has once.
+        """
+        name, count = f"{self.weight}.{role}", 2
+        while apart and name in self._graph.initializers:
+            name, count = f"{self.weight}.{count}.{role}", count + 1
+        return self._initializer(name, tensor)
 
     def constant(self, array: NDArray[Any]) -> ir.Value:
         """An initializer that all weights share."""
-        name = f"quantize.{array.dtype.name}.{'_'.join(f'{x:g}' for x in array.ravel().tolist())}.{array.ndim}"
+        name = f"quantize.{array.dtype.name}.{'_'.join(f'{x:.9g}' for x in array.ravel().tolist())}.{array.ndim}"
         return self._initializer(name, ir.tensor(array, name=name))
 
     def number(self, value: float) -> ir.Value:

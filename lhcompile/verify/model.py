@@ -7,6 +7,8 @@ finite is kept and written as the text NaN or Infinity, so that a report of a fa
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from pydantic import BaseModel, ConfigDict, model_validator
 
 __all__ = [
@@ -17,10 +19,13 @@ __all__ = [
     "LayerReport",
     "ModelReport",
     "OrderTried",
+    "PassReport",
     "PoleCloud",
     "Report",
+    "RoundingBudget",
     "Spectrum",
     "StageFidelity",
+    "WeightPrecision",
     "WeightsReport",
 ]
 
@@ -187,6 +192,49 @@ class WeightsReport(_Part):
     after: int
 
 
+class WeightPrecision(_Part):
+    """The precision that one weight was given by what rounding it costs, and its bytes as stored.
+
+    alone: the divergence where it alone is rounded to the fewest bits, nats per token; left: what is expected of it as
+    it is
+    """
+
+    name: str
+    precision: str
+    bytes: int
+    alone: float
+    left: float
+
+
+class RoundingBudget(_Part):
+    """The relative rise of the loss that rounding weights was allowed, what was measured, and what each weight got."""
+
+    requested: float
+    measured: float | None = None
+    weights: list[WeightPrecision] = []
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """precision → number of weights"""
+        names = [weight.precision for weight in self.weights]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+class PassReport(_Part):
+    """One step that rounds numbers: the stage after it against the stage before it, on the same tokens.
+
+    rise: of the loss, relative to the loss before; None for a continuous signal, which has errors instead
+    """
+
+    before: str
+    after: str
+    loss_before: float | None = None
+    loss_after: float | None = None
+    rise: float | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+
+
 class GraphReport(_Part):
     """Sizes of the step graph in ONNX nodes."""
 
@@ -200,6 +248,9 @@ class Report(_Part):
     calibration: where the sequences came from; notes: what loading assumed or skipped; genai: what to know of
         onnxruntime-genai, or why it cannot run the build
     layers: in the model's order; timings: stage → seconds; files: name → bytes
+    state: what states are kept in; pole_bits, poles_coded: bits of a decay and an angle, and what the codes take
+    fixed_signals: signals of products that are rounded by fixed scales, of how many; the others by each token's own
+    passes: every step that rounds numbers, of the first target
     state_bytes: all states of one sequence, short convolutions included; capacity: positions that those which grow
         with it have room for, None where none does
     """
@@ -208,6 +259,12 @@ class Report(_Part):
     target: str
     quantize: str = "none"
     weights: list[WeightsReport] = []
+    state: str = "float32"
+    pole_bits: int | None = None
+    poles_coded: WeightsReport | None = None
+    rounding: RoundingBudget | None = None
+    fixed_signals: tuple[int, int] | None = None
+    passes: list[PassReport] = []
     command: str
     versions: dict[str, str] = {}
     calibration: str | None = None
@@ -246,7 +303,12 @@ class Report(_Part):
         rise = self.model_copy(update={"stages": [stages[0], distilled]}).loss_rise
         measured = rise if distilled.relative_error is None else distilled.relative_error
         budget = self.budget and self.budget.model_copy(update={"measured": measured})
-        return report.model_copy(update={"budget": budget})
+        passes = _passes(stages)
+        cost = next((each for each in passes if each.before == "onnx"), None)
+        rounding = self.rounding and self.rounding.model_copy(
+            update={"measured": cost and (cost.error_after if cost.rise is None else cost.rise)}
+        )
+        return report.model_copy(update={"budget": budget, "passes": passes, "rounding": rounding})
 
     @property
     def order_mean(self) -> float | None:
@@ -254,3 +316,28 @@ class Report(_Part):
         modal = [layer for layer in self.layers if not layer.kept]
         filters = sum(layer.filters for layer in modal)
         return sum(layer.order_mean * layer.filters for layer in modal) / filters if filters else None
+
+
+_EXACT = ("reference", "captured", "distilled", "streamed", "onnx")
+"""Stages that round nothing by intention."""
+
+
+def _passes(stages: list[StageFidelity]) -> list[PassReport]:
+    """The steps of the first target that round numbers, each beside the stage before it."""
+    first = [stage for stage in stages if "," not in stage.name]
+    return [_pass(*pair) for pair in pairwise(first) if pair[1].name not in _EXACT]
+
+
+def _pass(before: StageFidelity, after: StageFidelity) -> PassReport:
+    rise = None
+    if before.loss is not None and after.loss is not None and before.loss != 0:
+        rise = (after.loss - before.loss) / abs(before.loss)
+    return PassReport(
+        before=before.name,
+        after=after.name,
+        loss_before=before.loss,
+        loss_after=after.loss,
+        rise=rise,
+        error_before=before.relative_error,
+        error_after=after.relative_error,
+    )

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from commands import done, run
 from lhruntime import ArgumentError, FormatError, Session
 
-from lhcompile import assemble
+from lhcompile import pipeline
 from lhcompile.artifacts import Lowered
 from lhcompile.lower import masked
 
@@ -32,6 +33,7 @@ def test_every_target_has_its_graphs_and_weights_are_there_once(several: Path) -
     names = {"step.onnx", "prefill.onnx", "weights.bin", "manifest.json", "report.json", "report.html"}
     names |= {"genai_config.json", "tokenizer.json", "tokenizer_config.json"}
     names |= {f"{kind}.{target}.onnx" for kind in ("step", "prefill") for target in ALL[1:]}
+    names |= {"decode.cuda.onnx"}
     assert {path.name for path in several.iterdir()} == names - {"prefill.mcu.onnx"}
     graphs = sum(path.stat().st_size for path in several.glob("*.onnx"))
     manifest = json.loads((several / "manifest.json").read_text())
@@ -72,7 +74,7 @@ def test_a_target_that_was_not_built_is_refused(several: Path) -> None:
         Session.load(several, target="toaster")
 
 
-@pytest.mark.parametrize("precision", ["none", "bf16", "int4"])
+@pytest.mark.parametrize("precision", ["none", "bf16", "int8", "int4"])
 def test_graphs_with_a_mask_stop_rows(checkpoint: Path, tmp_path: Path, precision: str) -> None:
     out = tmp_path / "out"
     done("build", checkpoint, "-o", out, "--order", 4, "--sequences", 2, "--mask", "--quantize", precision)
@@ -95,8 +97,7 @@ def test_graphs_with_a_mask_stop_rows(checkpoint: Path, tmp_path: Path, precisio
     ("options", "message"),
     [
         (("--target", "web"), "--mask is for the targets cpu and cuda"),
-        (("--quantize", "int8"), "--mask and --quantize int8 exclude each other"),
-        (("--target", "cuda", "--quantize", "bf16"), "products in bf16 run on a GPU alone"),
+        (("--target", "cpu", "--quantize", "fp8"), "--quantize fp8 is for the target cuda"),
     ],
 )
 def test_what_cannot_be_tried_is_refused(
@@ -109,16 +110,16 @@ def test_what_cannot_be_tried_is_refused(
 def test_masked_graphs_that_do_not_stop_are_caught(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lazy(lowered: Lowered) -> Lowered:
+    def lazy(lowered: Lowered, inner_step: ir.Model | None) -> Lowered:
         """Graphs that take the mask and heed it in the prefill alone."""
-        right = masked(lowered)
+        right = masked(lowered, inner_step)
         step = right.step.clone()
         for node in list(step.graph):
             if node.op_type == "Where":
                 node.outputs[0].replace_all_uses_with(node.inputs[1], replace_graph_outputs=True)
         return dataclasses.replace(right, step=step)
 
-    monkeypatch.setattr(assemble, "masked", lazy)
+    monkeypatch.setattr(pipeline, "masked", lazy)
     outcome = run("build", checkpoint, "-o", tmp_path / "out", "--order", 4, "--sequences", 2, "--mask")
     assert outcome.code == 3
     assert "of stopped rows differs" in outcome.err

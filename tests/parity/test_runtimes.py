@@ -11,17 +11,20 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import openvino
 import pytest
 import torch
+from commands import done
 from emx_onnx_cgen.cli import main as generate_c
 from factories import hyena
 from lhruntime import Session
-from models import CONTEXT, ORDERS, TINY_MODELS, VOCAB, program_of, with_modal
+from models import CONTEXT, ORDERS, VOCAB, with_modal
 from onnx.reference import ReferenceEvaluator
 from streams import (
     Built,
@@ -54,6 +57,9 @@ CASES = [
     ("hybrid", "packed"),
 ]
 CUTS = {"whole": [], "cut": [3, 5, 1, 1], "token by token": [1] * CONTEXT}
+TOKENS = 8
+"""Tokens that a call of a short web prefill takes."""
+WEB_CUTS = CUTS | {"a step between": [8, 1, 8], "steps before": [1, 1, 1]}
 
 
 def openvino_run(model: bytes) -> Run:
@@ -99,21 +105,18 @@ def test_portable_runs_unchanged(
         assert_parity(stream, truth, model.program.states, random_tokens(2), cuts)
 
 
-def tiny_program(name: str, form: str) -> Program:
-    """A streamed tiny model, as the fixture `built` has it."""
-    program = program_of(*TINY_MODELS[name])
-    if form != "exact":
-        program = with_modal(program, orders=ORDERS if form == "packed" else None)
-    return streamify(program)
-
-
-@pytest.mark.parametrize("name", ["shared", "hybrid"])
-def test_web_needs_no_operator_that_webgpu_lacks(name: str) -> None:
-    program = tiny_program(name, "packed")
-    lowered = lower(program, "web")
-    assert without_kernel(lowered.step) == []
-    assert arithmetic_of_64_bits(onnx.load_model_from_string(serialized(lowered.step))) == []
-    for cuts in CUTS.values():
+@pytest.mark.parametrize("case", CASES, ids=", ".join)
+def test_web_needs_no_operator_that_webgpu_lacks(
+    built: Callable[[str, str], Built], case: tuple[str, str]
+) -> None:
+    """Both graphs, and they give the program's own logits and states in every cut, over several calls of prefill."""
+    program = built(*case).program
+    lowered = lower(replace(program, context=TOKENS), "web")
+    for model in (lowered.step, lowered.prefill):
+        assert without_kernel(model) == []
+        assert arithmetic_of_64_bits(onnx.load_model_from_string(serialized(model))) == []
+    assert list(lowered.prefill.graph.inputs[0].shape) == [1, TOKENS]
+    for cuts in WEB_CUTS.values():
         assert_parity(onnx_stream(lowered), torch_stream(program), program.states, random_tokens(1), cuts)
 
 
@@ -200,13 +203,33 @@ def logits_in_c(directory: Path, prompt: Sequence[int], place: Path) -> np.ndarr
     return np.frombuffer(written, np.float32).reshape(len(prompt) + NEW, -1)
 
 
-def assert_same_tokens(directory: Path, place: Path, vocabulary: int) -> None:
-    """Greedy tokens and logits of the C program are those of lhruntime on the directory."""
-    session = Session.load(directory, threads=1)
+def as_written(directory: Path) -> Callable[[list[int]], np.ndarray]:
+    """step.onnx in onnxruntime, operator for operator: token [1] → logits [1, vocabulary], from zero states."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    path = directory / "step.onnx"
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    ids, *states = session.get_inputs()
+    memory = [np.zeros(state.shape, np.float32) for state in states]
+
+    def step(token: list[int]) -> np.ndarray:
+        feeds = {state.name: value for state, value in zip(states, memory, strict=True)}
+        logits, *memory[:] = session.run(None, feeds | {ids.name: np.array([token], np.int64)})
+        return np.asarray(logits)[:, 0]
+
+    return step
+
+
+def assert_same_tokens(directory: Path, place: Path, vocabulary: int, rounds_signals: bool = False) -> None:
+    """Greedy tokens and logits of the C program are those of lhruntime on the directory.
+
+    rounds_signals: a fused kernel of onnxruntime does, and no operator of the graph; then those as it is written
+    """
+    step = as_written(directory) if rounds_signals else Session.load(directory, threads=1).step
     prompt = random_tokens(1, vocabulary, PROMPT)[0].tolist()
-    expected = [session.step([token])[0] for token in prompt]
+    expected = [step([token])[0] for token in prompt]
     for _ in range(NEW):
-        expected.append(session.step([int(expected[-1].argmax())])[0])
+        expected.append(step([int(expected[-1].argmax())])[0])
     found = logits_in_c(directory, prompt, place)
     assert found.argmax(1).tolist() == [int(row.argmax()) for row in expected]
     assert_close(torch.from_numpy(found.copy()), torch.from_numpy(np.stack(expected)), "logits of the C program")
@@ -229,8 +252,17 @@ def test_mcu_in_c_gives_the_same_tokens(order: int, form: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["shared", "per channel"])
-def test_mcu_in_c_of_other_layers(name: str, tmp_path: Path) -> None:
+def test_mcu_in_c_of_other_layers(built: Callable[[str, str], Built], name: str, tmp_path: Path) -> None:
     """Products over heads, which torch writes as einsum, and short convolutions of every kind."""
-    program = tiny_program(name, "packed")
+    program = built(name, "packed").program
     directory = write_directory(program, lower(program, "mcu"), tmp_path / "out")
     assert_same_tokens(directory, tmp_path, VOCAB)
+
+
+@pytest.mark.parametrize("precision", ["none", "fp16", "int8"])
+def test_a_build_in_c_gives_the_same_tokens(precision: str, tmp_path: Path) -> None:
+    """By the command line. int4 and bf16 become C of types (_BitInt, __bf16) that gcc 12 does not have."""
+    checkpoint, out = tmp_path / "model.pt", tmp_path / "out"
+    torch.save(hyena().state_dict(), checkpoint)
+    done("build", checkpoint, "-o", out, "--order", 4, "--sequences", 2, "--target", "mcu", "--quantize", precision)
+    assert_same_tokens(out, tmp_path, 256, rounds_signals=precision == "int8")

@@ -55,7 +55,7 @@ def test_taps_steps_chunks_and_fft_agree(system: ModalSSM, seed: int, time: int,
     toeplitz, inject, observe = (
         torch.from_numpy(table).double() for table in (tables.taps[:, tables.lags], tables.inject, tables.observe)
     )
-    leap = torch.from_numpy(tables.powers[chunk]).double()  # [2, filters, order]
+    leap = torch.from_numpy(tables.powers[chunk]).double().mT  # [2, filters, order]
     carried, chunks = torch.zeros_like(leap[0]), []
     for tokens in padded.unbind(1):
         chunks.append(torch.einsum("fj,fji->fi", tokens, toeplitz) + torch.einsum("fd,fdi->fi", carried, observe))

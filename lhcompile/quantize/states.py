@@ -1,0 +1,153 @@
+"""States kept in fewer bits between calls: graphs read them into float32, and round what they leave behind.
+
+    float16   s = Cast(q),            q' = Cast(Clip(s', ±65504))
+    int8      s = Cast(q) ∘ scales,   q' = QuantizeLinear(s' ∘ 1/scales, 1, 0), which saturates
+
+Inside of a call states are float32 in every graph, so a prompt that is fed whole rounds them once. The scales of int8
+are fixed: what a number reached on calibration tokens, with some room, is 127. Numbers that only move from place to
+place, as in a short convolution or a cache, share the scale of their channel, so moving them rounds nothing again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lhcompile.artifacts import LARGEST_HALF, Lowered, Program, State
+from lhcompile.config import StateType
+from lhcompile.parallel import one_thread
+
+__all__ = ["keep_states", "kept_in", "state_ranges"]
+
+ROOM = 1.1
+"""Largest number that int8 holds, as a multiple of the largest on calibration tokens."""
+PIECE = 16
+"""Tokens between two looks at the states."""
+LEVELS = 127
+_MOVED = {"fir": -2, "long_conv": -2, "key": -2, "value": -2}
+"""Kinds of states whose numbers move along an axis."""
+_TYPES = {"float16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
+
+
+@one_thread()
+@torch.no_grad()
+def state_ranges(program: Program, sequences: Tensor) -> dict[str, Tensor]:
+    """The largest |number| in every entry of every state of a streamed program on sequences [rows, time, …], [*shape]
+    by name; looked at every `PIECE` tokens."""
+    states = program.start(len(sequences))
+    found = [torch.zeros(state.shape[1:], dtype=state.dtype) for state in states]
+    for piece in sequences.split(PIECE, dim=1):
+        _, *states = program.graph(piece, *states)
+        found = [torch.maximum(old, state.abs().amax(0)) for old, state in zip(found, states, strict=True)]
+    return dict(zip((state.name for state in program.states), found, strict=True))
+
+
+def kept_in(states: Sequence[State], dtype: StateType, ranges: dict[str, Tensor] | None) -> tuple[State, ...]:
+    """The states with those of float32 in `dtype`; ranges: of `state_ranges`, for int8"""
+    return tuple(_kept_in(state, dtype, ranges) if state.dtype == "float32" else state for state in states)
+
+
+def _kept_in(state: State, dtype: StateType, ranges: dict[str, Tensor] | None) -> State:
+    if dtype != "int8":
+        return replace(state, dtype=dtype)
+    assert ranges is not None
+    largest = ranges[state.name]
+    if state.kind in _MOVED:
+        largest = largest.amax(_MOVED[state.kind], keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    return replace(state, dtype=dtype, scales=(largest * (ROOM / LEVELS)).float())
+
+
+def keep_states(lowered: Lowered, states: tuple[State, ...]) -> Lowered:
+    """Both graphs with their states kept as `states` say (`kept_in`); those that came in stay as they are."""
+    step = _kept(lowered.step, states)
+    prefill = step if lowered.prefill is lowered.step else _kept(lowered.prefill, states)
+    return replace(lowered, step=step, prefill=prefill, states=states)
+
+
+def _kept(model: ir.Model, states: tuple[State, ...]) -> ir.Model:
+    model = model.clone()
+    _KeepStates(states)(model)
+    return model
+
+
+class _KeepStates(ir.passes.InPlacePass):
+    """Before: s float32 → graph → s' float32. After: q → s → graph → s' → q', q and q' under the old names."""
+
+    def __init__(self, states: Sequence[State]) -> None:
+        super().__init__()
+        self._states = [state for state in states if state.dtype in _TYPES]
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for state in self._states:
+            (value,) = [value for value in model.graph.inputs if value.name == state.name]
+            _read(model.graph, value, state)
+            _leave(model.graph, state)
+        return ir.passes.PassResult(model, bool(self._states))
+
+
+def _read(graph: ir.Graph, value: ir.Value, state: State) -> None:
+    """What the graph reads is float32; its input is kept."""
+    nodes = [ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value})]
+    if state.scales is not None:
+        scales = _constant(graph, f"{state.name}.scales", state.scales.numpy())
+        nodes.append(ir.node("Mul", [nodes[0].outputs[0], scales]))
+    for index, node in enumerate(nodes):
+        _named(node, f"{state.name}.read.{index}", value.shape)
+    last = nodes[-1].outputs[0]
+    ir.convenience.replace_all_uses_with(value, last)
+    nodes[0].replace_input_with(0, value)
+    first = next(iter(graph))
+    graph.insert_before(first, nodes)
+    value.type = ir.TensorType(_TYPES[state.dtype])
+
+
+def _leave(graph: ir.Graph, state: State) -> None:
+    """The graph's output is what is kept of the float32 one."""
+    place = next(index for index, value in enumerate(graph.outputs) if value.name == state.output)
+    value = graph.outputs[place]
+    value.name = f"{state.output}.float32"
+    dtype = _TYPES[state.dtype]
+    if state.scales is not None:
+        inverse = _constant(graph, f"{state.name}.inverse", (1 / state.scales).numpy())
+        first = ir.node("Mul", [value, inverse])
+        one = _constant(graph, "states.one", np.array(1, np.float32))
+        zero = _constant(graph, "states.zero", np.array(0, np.int8))
+        last = ir.node("QuantizeLinear", [first.outputs[0], one, zero])
+    else:
+        ends = [_constant(graph, f"states.{name}", np.array(x, np.float32)) for name, x in _ENDS.items()]
+        first = ir.node("Clip", [value, *ends])
+        last = ir.node("Cast", [first.outputs[0]], {"to": dtype.value})
+    for index, node in enumerate((first, last)):
+        _named(node, f"{state.output}.left.{index}", value.shape)
+    graph.extend([first, last])
+    kept = last.outputs[0]
+    kept.name, kept.shape, kept.type = state.output, value.shape, ir.TensorType(dtype)
+    graph.outputs[place] = kept
+
+
+_ENDS = {"least": -LARGEST_HALF, "largest": LARGEST_HALF}
+
+
+def _named(node: ir.Node, name: str, shape: ir.Shape | None) -> None:
+    """Names a node and its float32 output, as whoever reads types and shapes needs them."""
+    node.name = name
+    (value,) = node.outputs
+    value.name, value.shape, value.type = name, shape, ir.TensorType(ir.DataType.FLOAT)
+
+
+def _constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
+        value = ir.Value(
+            name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape)
+        )
+        graph.register_initializer(value)
+    return graph.initializers[name]

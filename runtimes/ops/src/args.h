@@ -1,0 +1,67 @@
+// What the kernels are called with: sizes, element types and addresses. The operators themselves are specified in
+// lhcompile/lower/functions.py; names are those used there.
+#pragma once
+
+#include <cstdint>
+
+namespace lhcompile {
+
+// Element types, by the numbers ONNX gives them.
+enum class Type : int32_t { none = 0, f32 = 1, u8 = 2, i32 = 6, i64 = 7, f16 = 10, bf16 = 16, e4m3 = 17 };
+
+inline int64_t size_of(Type type) {
+  switch (type) {
+    case Type::f32:
+    case Type::i32:
+      return 4;
+    case Type::f16:
+    case Type::bf16:
+      return 2;
+    case Type::i64:
+      return 8;
+    default:
+      return 1;
+  }
+}
+
+enum class Norm : int32_t { none, layer, rms };
+enum class Activation : int32_t { none, gelu, gelu_tanh };
+
+struct MixerArgs {
+  int64_t batch, time, channels, taps, order;
+  int64_t states;  // of a row of the packed state; 0 where it is [batch, order, channels]
+  int64_t block, outer;
+  Type signal, conv, recurrent;
+  const void *projected, *conv_state, *state;
+  const float *weight, *bias, *own, *other, *readout, *direct;  // bias and other may be null
+  const int32_t* index;                                         // null unless packed
+  void *mixed, *new_conv_state, *new_state;
+};
+
+// Projections of `rows` tokens: y [rows, out] = residual + activation(norm(x) Wᵀ + bias), x [rows, width].
+struct LinearArgs {
+  int64_t rows, width, out;
+  Type signal;       // of x, residual and y
+  Type weight_type;  // that of the signal; e4m3 with weight_scale [out]; u8 (two 4-bit numbers) with [out, width / 32]
+  Type bias_type, scale_type;
+  Norm norm;
+  Activation activation;
+  float epsilon;
+  const void *x, *weight, *bias, *residual, *weight_scale;  // bias, residual may be null
+  const float *norm_scale, *norm_bias;                      // norm_bias may be null
+  void* y;
+};
+
+struct SampleArgs {
+  int64_t batch, vocab;
+  Type signal;
+  const void* logits;
+  const float *uniform, *temperature, *top_p;
+  const int64_t* top_k;
+  int64_t* tokens;
+};
+
+// The rows of a slot, as lhcompile/ssm.py pairs them: n and n + order / 2; the last row of an odd order is alone.
+inline int64_t pairs_of(int64_t order) { return order / 2; }
+
+}  // namespace lhcompile

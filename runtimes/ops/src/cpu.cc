@@ -1,0 +1,28 @@
+#include "cpu.h"
+
+namespace lhcompile {
+
+namespace base {
+extern const CpuKernels kernels;
+}
+#if defined(__x86_64__)
+namespace v3 {
+extern const CpuKernels kernels;
+}  // namespace v3
+namespace v4 {
+extern const CpuKernels kernels;
+}  // namespace v4
+#endif
+
+const CpuKernels& cpu_kernels() {
+#if defined(__x86_64__)
+  static const CpuKernels& best = __builtin_cpu_supports("x86-64-v4")   ? v4::kernels
+                                  : __builtin_cpu_supports("x86-64-v3") ? v3::kernels
+                                                                        : base::kernels;
+  return best;
+#else
+  return base::kernels;
+#endif
+}
+
+}  // namespace lhcompile

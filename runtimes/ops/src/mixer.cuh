@@ -1,0 +1,81 @@
+// HyenaMixer on a GPU, for one type of signal; mixer_f32.cu, mixer_f16.cu and mixer_bf16.cu have one each.
+#pragma once
+
+#include "cuda.h"
+#include "mixer_many.cuh"
+#include "mixer_one.cuh"
+
+namespace lhcompile {
+
+template <typename T, typename C, typename S, int V>
+const char* launch_one(const MixerArgs& a, void* stream) {
+  int lanes = kLanes;
+  auto shared = [&] { return static_cast<size_t>(Rows(a).count) * lanes * V * 4; };
+  while (shared() > static_cast<size_t>(gpu().shared) && lanes > 1) lanes /= 2;
+  const int64_t tiles = (a.channels + lanes * V - 1) / (lanes * V);
+  const int64_t groups = (a.batch + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int64_t most = gpu().processors * 8 / tiles > 0 ? gpu().processors * 8 / tiles : 1;
+  const int64_t each = (groups + most - 1) / most * kRowsAtOnce;
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>((a.batch + each - 1) / each));
+  return launch(mix_one<T, C, S, V>, grid, dim3(lanes, kRowsAtOnce), shared(), stream, a, static_cast<int>(each));
+}
+
+// Four channels a thread, unless they are apart or there are too few rows to keep the GPU busy.
+template <typename T, typename C, typename S>
+const char* launch_vectors(const MixerArgs& a, void* stream) {
+  constexpr int64_t kFew = 32;
+  auto even = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
+  const bool aligned = even(a.projected) && even(a.conv_state) && even(a.state) && even(a.mixed) &&
+                       even(a.new_conv_state) && even(a.new_state);
+  const bool four = a.block % 4 == 0 && aligned && a.batch >= kFew;
+  return four ? launch_one<T, C, S, 4>(a, stream) : launch_one<T, C, S, 1>(a, stream);
+}
+
+template <typename T, typename C>
+const char* launch_states(const MixerArgs& a, void* stream) {
+  if (a.recurrent == Type::f16) return launch_vectors<T, C, Half>(a, stream);
+  if (a.recurrent == Type::bf16) return launch_vectors<T, C, Brain>(a, stream);
+  return launch_vectors<T, C, float>(a, stream);
+}
+
+struct Chunks {
+  int64_t count, length;
+};
+
+inline Chunks chunks_of(const MixerArgs& a) {
+  constexpr int64_t kThreads = 132 * 1024, kShortest = 16, kMost = 32;
+  int64_t wanted = kThreads / (a.batch * a.channels);
+  wanted = wanted < 1 ? 1 : wanted > kMost ? kMost : wanted;
+  int64_t length = kShortest;
+  while (length * wanted < a.time) length *= 2;
+  return {(a.time + length - 1) / length, length};
+}
+
+template <typename T>
+const char* launch_many(const MixerArgs& a, void* scratch, void* stream) {
+  const Rows rows(a);
+  int width = 128;
+  auto shared = [&] { return static_cast<size_t>(rows.count + a.order + 3 * a.taps) * width * 4; };
+  while (shared() > static_cast<size_t>(gpu().shared) && width > 1) width /= 2;
+  const Chunks chunks = chunks_of(a);
+  const auto tiles = static_cast<unsigned>((a.channels + width - 1) / width), batch = static_cast<unsigned>(a.batch);
+  auto* ends = static_cast<float*>(scratch);
+  if (chunks.count > 1) {
+    const dim3 grid(tiles, static_cast<unsigned>(chunks.count - 1), batch);
+    if (const char* problem =
+            launch(chunk_ends<T>, grid, dim3(width), shared(), stream, a, ends, chunks.count, chunks.length))
+      return problem;
+  }
+  const dim3 grid(tiles, static_cast<unsigned>(chunks.count), batch);
+  return launch(mix_chunks<T>, grid, dim3(width), shared(), stream, a, ends, chunks.count, chunks.length);
+}
+
+template <typename T>
+const char* mix(const MixerArgs& a, void* scratch, void* stream) {
+  if (a.time > 1) return launch_many<T>(a, scratch, stream);
+  if (a.conv == Type::f16) return launch_states<T, Half>(a, stream);
+  if (a.conv == Type::bf16) return launch_states<T, Brain>(a, stream);
+  return launch_states<T, float>(a, stream);
+}
+
+}  // namespace lhcompile

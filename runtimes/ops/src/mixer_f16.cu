@@ -1,0 +1,3 @@
+#include "mixer.cuh"
+
+template const char* lhcompile::mix<lhcompile::Half>(const MixerArgs&, void*, void*);

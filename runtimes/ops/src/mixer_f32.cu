@@ -1,0 +1,3 @@
+#include "mixer.cuh"
+
+template const char* lhcompile::mix<float>(const MixerArgs&, void*, void*);

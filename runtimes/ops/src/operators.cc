@@ -1,0 +1,355 @@
+// The operators as onnxruntime knows them: which types there are, what shapes come out, which kernel is called.
+
+#define ORT_API_MANUAL_INIT
+#include <onnxruntime_cxx_api.h>
+#undef ORT_API_MANUAL_INIT
+
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "args.h"
+#include "cpu.h"
+#ifdef LHCOMPILE_CUDA
+#include "cuda.h"
+#endif
+
+namespace lhcompile {
+namespace {
+
+constexpr uint32_t kApi = 21;  // the oldest onnxruntime that serves this library is 1.21
+
+enum class Device { cpu, cuda };
+
+using Shape = std::vector<int64_t>;
+
+void require(bool met, const std::string& otherwise) {
+  if (!met) throw Ort::Exception("lhcompile: " + otherwise, ORT_INVALID_ARGUMENT);
+}
+
+std::string text(const Shape& shape) {
+  std::string all = "[";
+  for (size_t i = 0; i < shape.size(); i++) all += (i ? ", " : "") + std::to_string(shape[i]);
+  return all + "]";
+}
+
+struct Input {
+  Input() = default;
+  explicit Input(const Ort::ConstValue& value) {
+    if (value == nullptr) return;
+    auto info = value.GetTensorTypeAndShapeInfo();
+    shape = info.GetShape();
+    type = static_cast<Type>(info.GetElementType());
+    data = value.GetTensorRawData();
+  }
+  explicit operator bool() const { return data != nullptr; }
+  Shape shape;
+  Type type = Type::none;
+  const void* data = nullptr;
+};
+
+Input input(const Ort::KernelContext& context, size_t place, const char* name, const Shape& shape) {
+  Input given(context.GetInput(place));
+  if (given)
+    require(given.shape == shape, std::string(name) + " is " + text(given.shape) + ", expected " + text(shape));
+  return given;
+}
+
+const float* table(const Ort::KernelContext& context, size_t place, const char* name, const Shape& shape) {
+  return static_cast<const float*>(input(context, place, name, shape).data);
+}
+
+// Device memory for one call, from the session's own allocator.
+class Scratch {
+ public:
+  Scratch(const Ort::KernelContext& context, size_t bytes, Device device) {
+    if (bytes == 0) return;
+    int id = 0;
+    const char* name = "Cpu";
+    if (device == Device::cuda) {
+      auto place = context.GetInput(0).GetTensorMemoryInfo();
+      id = place.GetDeviceId();
+      name = "Cuda";
+    }
+    Ort::MemoryInfo memory(name, OrtDeviceAllocator, id, OrtMemTypeDefault);
+    allocator_ = context.GetAllocator(*static_cast<const OrtMemoryInfo*>(memory));
+    Ort::ThrowOnError(Ort::GetApi().AllocatorAlloc(allocator_, bytes, &data_));
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    if (data_) Ort::Status(Ort::GetApi().AllocatorFree(allocator_, data_));
+  }
+  void* data() const { return data_; }
+
+ private:
+  OrtAllocator* allocator_ = nullptr;
+  void* data_ = nullptr;
+};
+
+template <typename F>
+void parallel(const Ort::KernelContext& context, int64_t items, const F& work) {
+  if (items == 1) return work(0);
+  auto call = [](void* given, size_t item) { (*static_cast<const F*>(given))(static_cast<int64_t>(item)); };
+  context.ParallelFor(call, static_cast<size_t>(items), 0, const_cast<F*>(&work));
+}
+
+[[maybe_unused]] void require_done(const char* problem) {
+  if (problem) throw Ort::Exception(std::string("lhcompile: ") + problem, ORT_FAIL);
+}
+
+// ---- HyenaMixer -----------------------------------------------------------------------------------------------------
+
+struct MixerKernel {
+  MixerKernel(const OrtKernelInfo* given, Device on) : device(on) {
+    Ort::ConstKernelInfo info(given);
+    block = info.GetAttribute<int64_t>("block");
+    outer = info.GetAttribute<int64_t>("outer");
+    require(block > 0 && outer >= 0 && outer < 3,
+            "HyenaMixer has block " + std::to_string(block) + " and outer " + std::to_string(outer));
+  }
+
+  void Compute(OrtKernelContext* given) {
+    Ort::KernelContext context(given);
+    Input projected(context.GetInput(0)), state(context.GetInput(2)), weight(context.GetInput(3));
+    Input own(context.GetInput(5)), index(context.GetInput(9));
+    require(projected.shape.size() == 3 && projected.shape[2] % 3 == 0 && projected.shape[2] / 3 % block == 0,
+            "projected is " + text(projected.shape) + ", expected three parts in blocks of " + std::to_string(block));
+    require(weight.shape.size() == 2 && own.shape.size() == 2, "conv_weight and own have two axes");
+    MixerArgs args{};
+    args.batch = projected.shape[0], args.time = projected.shape[1], args.channels = projected.shape[2] / 3;
+    args.taps = weight.shape[0], args.order = own.shape[0];
+    args.block = block, args.outer = outer;
+    const Shape tables{args.order, args.channels}, wide{3 * args.channels};
+    args.weight = table(context, 3, "conv_weight", {args.taps, 3 * args.channels});
+    args.bias = table(context, 4, "conv_bias", wide);
+    args.own = table(context, 5, "own", tables);
+    args.other = table(context, 6, "other", tables);
+    args.readout = table(context, 7, "readout", tables);
+    args.direct = table(context, 8, "direct", {args.channels});
+    args.index = static_cast<const int32_t*>(input(context, 9, "index", tables).data);
+    Input conv = input(context, 1, "conv_state", {args.batch, args.taps - 1, 3 * args.channels});
+    if (index) {
+      require(state.shape.size() >= 2 && state.shape[0] == args.batch, "recurrent_state is " + text(state.shape));
+      args.states = 1;
+      for (size_t axis = 1; axis < state.shape.size(); axis++) args.states *= state.shape[axis];
+    } else {
+      require(state.shape == Shape{args.batch, args.order, args.channels},
+              "recurrent_state is " + text(state.shape) + ", expected [batch, order, channels]");
+    }
+    args.signal = projected.type, args.conv = conv.type, args.recurrent = state.type;
+    args.projected = projected.data, args.conv_state = conv.data, args.state = state.data;
+    args.mixed = context.GetOutput(0, {args.batch, args.time, args.channels}).GetTensorMutableRawData();
+    args.new_conv_state = context.GetOutput(1, conv.shape).GetTensorMutableRawData();
+    args.new_state = context.GetOutput(2, state.shape).GetTensorMutableRawData();
+    if (args.batch == 0 || args.time == 0) {
+      require(args.batch == 0, "HyenaMixer takes at least one token");
+      return;
+    }
+    run(context, args);
+  }
+
+  void run(const Ort::KernelContext& context, const MixerArgs& args) {
+#ifdef LHCOMPILE_CUDA
+    if (device == Device::cuda) {
+      Scratch scratch(context, mixer_scratch(args), device);
+      return require_done(mixer_cuda(args, scratch.data(), context.GetGPUComputeStream()));
+    }
+#endif
+    const CpuKernels& kernels = cpu_kernels();
+    parallel(context, kernels.mixer_items(args), [&](int64_t i) { kernels.mixer(args, i, i + 1); });
+  }
+
+  Device device;
+  int64_t block, outer;
+};
+
+// ---- Linear ---------------------------------------------------------------------------------------------------------
+
+struct LinearKernel {
+  LinearKernel(const OrtKernelInfo* given, Device on) : device(on) {
+    Ort::ConstKernelInfo info(given);
+    auto one_of = [](const char* what, const std::string& name, std::initializer_list<const char*> names) {
+      int place = 0;
+      for (const char* known : names) {
+        if (name == known) return place;
+        place++;
+      }
+      throw Ort::Exception(std::string("lhcompile: unknown ") + what + " " + name, ORT_INVALID_ARGUMENT);
+    };
+    norm = static_cast<Norm>(one_of("norm", info.GetAttribute<std::string>("norm"), {"none", "layer", "rms"}));
+    activation = static_cast<Activation>(
+        one_of("activation", info.GetAttribute<std::string>("activation"), {"none", "gelu", "gelu_tanh"}));
+    epsilon = info.GetAttribute<float>("epsilon");
+  }
+
+  void Compute(OrtKernelContext* given) {
+    Ort::KernelContext context(given);
+    Input x(context.GetInput(0)), weight(context.GetInput(1));
+    require(!x.shape.empty(), "x of Linear is a scalar");
+    LinearArgs args{};
+    args.width = x.shape.back();
+    args.rows = 1;
+    for (size_t axis = 0; axis + 1 < x.shape.size(); axis++) args.rows *= x.shape[axis];
+    args.signal = x.type, args.weight_type = weight.type;
+    const int64_t packed = weight.type == Type::u8 ? 2 : 1;
+    require(weight.shape.size() == 2 && weight.shape[1] * packed == args.width,
+            "weight is " + text(weight.shape) + " for x of width " + std::to_string(args.width));
+    args.out = weight.shape[0];
+    Shape shape = x.shape;
+    shape.back() = args.out;
+    Input bias = input(context, 2, "bias", {args.out});
+    args.bias = bias.data, args.bias_type = bias.type;
+    args.residual = input(context, 3, "residual", shape).data;
+    args.norm = norm, args.activation = activation, args.epsilon = epsilon;
+    args.norm_scale = table(context, 4, "norm_scale", {args.width});
+    args.norm_bias = table(context, 5, "norm_bias", {args.width});
+    require((norm == Norm::none) == (args.norm_scale == nullptr), "norm_scale and norm go together");
+    if (context.GetInputCount() > 6) {
+      Input scale(context.GetInput(6));
+      const Shape expected = packed == 2 ? Shape{args.out, args.width / 32} : Shape{args.out};
+      require(!scale || scale.shape == expected, "weight_scale is " + text(scale.shape));
+      args.weight_scale = scale.data, args.scale_type = scale.type;
+    }
+    args.x = x.data, args.weight = weight.data;
+    args.y = context.GetOutput(0, shape).GetTensorMutableRawData();
+    if (args.rows == 0) return;
+    run(context, args);
+  }
+
+  void run(const Ort::KernelContext& context, const LinearArgs& args) {
+#ifdef LHCOMPILE_CUDA
+    if (device == Device::cuda) {
+      Scratch scratch(context, linear_scratch(args), device);
+      return require_done(linear_cuda(args, scratch.data(), context.GetGPUComputeStream()));
+    }
+#endif
+    const CpuKernels& kernels = cpu_kernels();
+    Scratch scratch(context, static_cast<size_t>(kernels.linear_scratch(args)), device);
+    parallel(context, args.rows, [&](int64_t i) { kernels.linear_prepare(args, scratch.data(), i, i + 1); });
+    parallel(context, kernels.linear_items(args), [&](int64_t i) { kernels.linear(args, scratch.data(), i, i + 1); });
+  }
+
+  Device device;
+  Norm norm;
+  Activation activation;
+  float epsilon;
+};
+
+// ---- Sample ---------------------------------------------------------------------------------------------------------
+
+struct SampleKernel {
+  SampleKernel(const OrtKernelInfo*, Device on) : device(on) {}
+
+  void Compute(OrtKernelContext* given) {
+    Ort::KernelContext context(given);
+    Input logits(context.GetInput(0));
+    require(logits.shape.size() == 3 && logits.shape[1] == 1 && logits.shape[2] > 0,
+            "logits are " + text(logits.shape) + ", expected [batch, 1, vocabulary]");
+    SampleArgs args{};
+    args.batch = logits.shape[0], args.vocab = logits.shape[2];
+    args.signal = logits.type, args.logits = logits.data;
+    args.uniform = table(context, 1, "uniform", {args.batch});
+    args.temperature = table(context, 2, "temperature", {args.batch});
+    args.top_k = static_cast<const int64_t*>(input(context, 3, "top_k", {args.batch}).data);
+    args.top_p = table(context, 4, "top_p", {args.batch});
+    args.tokens = static_cast<int64_t*>(context.GetOutput(0, {args.batch, 1}).GetTensorMutableRawData());
+    if (args.batch == 0) return;
+#ifdef LHCOMPILE_CUDA
+    if (device == Device::cuda) return require_done(sample_cuda(args, context.GetGPUComputeStream()));
+#endif
+    const CpuKernels& kernels = cpu_kernels();
+    parallel(context, args.batch, [&](int64_t i) { kernels.sample(args, i, i + 1); });
+  }
+
+  Device device;
+};
+
+// ---- registration ---------------------------------------------------------------------------------------------------
+
+// An operator for one device and one choice of element types.
+template <typename Kernel>
+struct Operator : Ort::CustomOpBase<Operator<Kernel>, Kernel> {
+  Operator(const char* name_, Device device_, std::vector<Type> inputs_, size_t required_, std::vector<Type> outputs_)
+      : name(name_), device(device_), inputs(std::move(inputs_)), required(required_), outputs(std::move(outputs_)) {}
+
+  void* CreateKernel(const OrtApi&, const OrtKernelInfo* info) const { return new Kernel(info, device); }
+  const char* GetName() const { return name; }
+  const char* GetExecutionProviderType() const {
+    return device == Device::cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider";
+  }
+  size_t GetInputTypeCount() const { return inputs.size(); }
+  ONNXTensorElementDataType GetInputType(size_t i) const { return static_cast<ONNXTensorElementDataType>(inputs[i]); }
+  size_t GetOutputTypeCount() const { return outputs.size(); }
+  ONNXTensorElementDataType GetOutputType(size_t i) const { return static_cast<ONNXTensorElementDataType>(outputs[i]); }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
+    return (required >> i & 1) ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  }
+
+  const char* name;
+  Device device;
+  std::vector<Type> inputs;
+  size_t required;  // a bit for each input that is always there
+  std::vector<Type> outputs;
+};
+
+constexpr Type kSignals[] = {Type::f32, Type::f16, Type::bf16};
+
+struct Registry {
+  Ort::CustomOpDomain domain{"lhcompile"};
+  std::deque<Operator<MixerKernel>> mixers;
+  std::deque<Operator<LinearKernel>> linears;
+  std::deque<Operator<SampleKernel>> samples;
+
+  Registry() {
+    add(Device::cpu);
+#ifdef LHCOMPILE_CUDA
+    add(Device::cuda);
+#endif
+    for (auto& each : mixers) domain.Add(&each);
+    for (auto& each : linears) domain.Add(&each);
+    for (auto& each : samples) domain.Add(&each);
+  }
+
+  void add_linears(Device device, Type signal, Type bias) {
+    const Type f = Type::f32;
+    linears.emplace_back("Linear", device, std::vector<Type>{signal, signal, bias, signal, f, f}, 0b11,
+                         std::vector<Type>{signal});
+    linears.emplace_back("LinearFp8", device, std::vector<Type>{signal, Type::e4m3, bias, signal, f, f, f}, 0b1000011,
+                         std::vector<Type>{signal});
+  }
+
+  void add(Device device) {
+    const Type f = Type::f32;
+    for (Type signal : kSignals) {
+      for (Type conv : kSignals)
+        for (Type state : kSignals)
+          mixers.emplace_back("HyenaMixer", device, std::vector<Type>{signal, conv, state, f, f, f, f, f, f, Type::i32},
+                              0b0110101111, std::vector<Type>{signal, conv, state});
+      for (Type bias : {f, signal})
+        if (bias == signal || signal != f) add_linears(device, signal, bias);
+      samples.emplace_back("Sample", device, std::vector<Type>{signal, f, f, Type::i64, f}, 0b11111,
+                           std::vector<Type>{Type::i64});
+    }
+  }
+};
+
+}  // namespace
+}  // namespace lhcompile
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                               const OrtApiBase* base) {
+  const OrtApi* api = base->GetApi(lhcompile::kApi);
+  if (!api) return base->GetApi(1)->CreateStatus(ORT_FAIL, "lhcompile: onnxruntime is older than 1.21");
+  Ort::InitApi(api);
+  try {
+    static lhcompile::Registry registry;
+    Ort::UnownedSessionOptions(options).Add(registry.domain);
+    return nullptr;
+  } catch (const std::exception& problem) {
+    return api->CreateStatus(ORT_FAIL, problem.what());
+  }
+}

@@ -1,0 +1,295 @@
+// Sample on a GPU: a block for each row. Nothing is sorted: the logit at which the most likely tokens end is found
+// digit by digit, from histograms of counts (top_k) or of probability (top_p).
+//
+// Weights exp((logit − largest) / temperature) are kept in whole numbers of 2^−44, so their sums do not depend on the
+// order in which they are added.
+#include "cuda.h"
+#include "device.cuh"
+
+namespace lhcompile {
+namespace {
+
+constexpr int kThreads = 1024, kWarps = kThreads / 32;
+constexpr int kBuckets = 2048;  // of one digit of 11 bits
+using Mass = unsigned long long;
+
+// Numbers in the order of the floats they come from; −0 and 0 are one.
+__device__ uint32_t key_of(float x) {
+  const uint32_t bits = __float_as_uint(x == 0.0f ? 0.0f : x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ float value_of(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+
+template <typename T>
+struct Row {
+  const T* logits;
+  int vocab;
+  float largest, temperature;
+
+  __device__ uint32_t key(int id) const { return key_of(widen(logits[id])); }
+  __device__ Mass weight(uint32_t key) const {
+    return __float2ull_rn(expf((value_of(key) - largest) / temperature) * 0x1p44f);
+  }
+};
+
+// Calls work(id, key) for every token of the row, once, in one thread or another; 16 bytes are read at once.
+template <typename T, typename F>
+__device__ void for_each(const Row<T>& row, const F& work) {
+  constexpr int kCount = 16 / sizeof(T);
+  int rest = 0;
+  if (reinterpret_cast<uintptr_t>(row.logits) % 16 == 0) {
+    rest = row.vocab / kCount * kCount;
+    for (int base = threadIdx.x * kCount; base < rest; base += kThreads * kCount) {
+      float each[kCount];
+      load<T, kCount>(row.logits + base, each);
+#pragma unroll
+      for (int j = 0; j < kCount; j++) work(base + j, key_of(each[j]));
+    }
+  }
+#pragma unroll 4
+  for (int id = rest + threadIdx.x; id < row.vocab; id += kThreads) work(id, row.key(id));
+}
+
+// Tokens that stay: those with a larger key, and of those with this key the first `equal` by id.
+struct Edge {
+  uint32_t key;
+  Mass equal;
+};
+
+struct Shared {
+  uint32_t low[kBuckets], high[kBuckets];  // a bucket's sum in halves: only those have an atomic addition
+  Mass sums[kWarps];
+  unsigned best_key[kWarps];
+  int best_id[kWarps];
+  int counts[kWarps];
+  uint32_t digit;
+  Mass above;
+};
+
+__device__ void add_to_bucket(Shared& s, int bucket, Mass x) {
+  const auto low = static_cast<uint32_t>(x);
+  const uint32_t old = atomicAdd(&s.low[bucket], low);
+  const uint32_t high = static_cast<uint32_t>(x >> 32) + (old + low < old);
+  if (high) atomicAdd(&s.high[bucket], high);
+}
+__device__ Mass bucket_sum(const Shared& s, int bucket) {
+  return static_cast<Mass>(s.high[bucket]) << 32 | s.low[bucket];
+}
+
+__device__ Mass block_sum(Shared& s, Mass x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) s.sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0;
+  for (int w = 0; w < kWarps; w++) x += s.sums[w];
+  return x;
+}
+
+// The largest logit, of equals the first.
+template <typename T>
+__device__ int most_likely(Shared& s, const Row<T>& row) {
+  unsigned key = 0;
+  int id = row.vocab;
+  for_each(row, [&](int i, unsigned other) {
+    if (id == row.vocab || other > key) key = other, id = i;  // of equals a thread meets the first one first
+  });
+  auto take = [&](unsigned other, int other_id) {
+    if (other_id < row.vocab && (id == row.vocab || other > key || (other == key && other_id < id)))
+      key = other, id = other_id;
+  };
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) take(__shfl_xor_sync(~0u, key, step), __shfl_xor_sync(~0u, id, step));
+  if (threadIdx.x % 32 == 0) s.best_key[threadIdx.x / 32] = key, s.best_id[threadIdx.x / 32] = id;
+  __syncthreads();
+  key = s.best_key[0], id = s.best_id[0];
+  for (int w = 1; w < kWarps; w++) take(s.best_key[w], s.best_id[w]);
+  return id;
+}
+
+// The largest digit whose bucket, with all above it, holds more than `wanted` − 1; sums of `above` it are left in s.
+__device__ void find_bucket(Shared& s, Mass wanted) {
+  constexpr int kEach = kBuckets / kThreads;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int top = kBuckets - 1 - static_cast<int>(threadIdx.x) * kEach;  // a thread's buckets go down from here
+  Mass mine = 0;
+  for (int j = 0; j < kEach; j++) mine += bucket_sum(s, top - j);
+  Mass scan = mine;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const Mass other = __shfl_up_sync(~0u, scan, step);
+    if (lane >= step) scan += other;
+  }
+  if (lane == 31) s.sums[warp] = scan;
+  __syncthreads();
+  Mass before = scan - mine;
+  for (int w = 0; w < warp; w++) before += s.sums[w];
+  for (int j = 0; j < kEach; j++) {
+    const Mass here = bucket_sum(s, top - j);
+    if (before < wanted && wanted <= before + here) s.digit = top - j, s.above = before;
+    before += here;
+  }
+  __syncthreads();
+}
+
+// The key at which the sum over tokens, from the most likely one down, reaches `wanted` ≥ 1; `measure(key, id)` is what
+// a token adds. → the key, and what is above it
+template <typename T, typename F>
+__device__ uint32_t edge_key(Shared& s, const Row<T>& row, Mass wanted, Mass& above, const F& measure) {
+  uint32_t found = 0;
+  above = 0;
+  constexpr int kShifts[] = {21, 10, 0}, kBits[] = {11, 11, 10};
+#pragma unroll
+  for (int digit = 0; digit < 3; digit++) {
+    const int shift = kShifts[digit];
+    for (int i = threadIdx.x; i < kBuckets; i += kThreads) s.low[i] = s.high[i] = 0;
+    __syncthreads();
+    for_each(row, [&](int, uint32_t key) {
+      if (digit > 0 && key >> (shift + kBits[digit]) != found >> (shift + kBits[digit])) return;
+      const Mass adds = measure(key);
+      if (adds) add_to_bucket(s, static_cast<int>(key >> shift & ((1u << kBits[digit]) - 1)), adds);
+    });
+    __syncthreads();
+    find_bucket(s, wanted - above);
+    found |= s.digit << shift;
+    above += s.above;
+    __syncthreads();
+  }
+  return found;
+}
+
+// Ids [begin, end) that hold the token sought. `before`: the weights of what lies in front of them; `left`: how many
+// tokens at the edge may still stay.
+struct Stretch {
+  int begin, end;
+  Mass before;
+  long long left;
+};
+
+// The part of a stretch, one of as many as there are warps, that holds the token.
+template <typename T>
+__device__ Stretch part_of(Shared& s, const Row<T>& row, const Edge& edge, Mass at_edge, Mass target, Stretch at) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int each = (at.end - at.begin + kThreads - 1) / kThreads * 32;
+  const int begin = min(at.begin + warp * each, at.end), end = min(begin + each, at.end);
+  Mass mine = 0;
+  int equal = 0;
+#pragma unroll 8
+  for (int id = begin + lane; id < end; id += 32) {
+    const uint32_t key = row.key(id);
+    mine += key > edge.key ? row.weight(key) : 0;
+    equal += key == edge.key;
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    mine += __shfl_xor_sync(~0u, mine, step);
+    equal += __shfl_xor_sync(~0u, equal, step);
+  }
+  __syncthreads();
+  if (lane == 0) s.sums[warp] = mine, s.counts[warp] = equal;
+  __syncthreads();
+  int chosen = 0;
+  for (; at.begin + (chosen + 1) * each < at.end; chosen++) {
+    const long long stay = min(at.left, static_cast<long long>(s.counts[chosen]));
+    const Mass here = s.sums[chosen] + static_cast<Mass>(stay) * at_edge;
+    if (target < at.before + here) break;
+    at.before += here, at.left -= stay;
+  }
+  at.begin += chosen * each;
+  at.end = min(at.begin + each, at.end);
+  return at;
+}
+
+// The token whose stretch of the cumulative weights, in the order of ids, holds uniform · total; in the first warp.
+template <typename T>
+__device__ int draw(Shared& s, const Row<T>& row, const Edge& edge, Mass total, float uniform) {
+  const int lane = threadIdx.x % 32;
+  const Mass at_edge = row.weight(edge.key);
+  Mass target = static_cast<Mass>(static_cast<double>(uniform) * static_cast<double>(total));
+  if (target >= total) target = total - 1;
+  Stretch at{0, row.vocab, 0, static_cast<long long>(edge.equal)};
+  at = part_of(s, row, edge, at_edge, target, at);
+  at = part_of(s, row, edge, at_edge, target, at);
+  int last = 0;
+  for (int base = at.begin; base < at.end; base += 32) {
+    const int id = base + lane;
+    const uint32_t key = id < at.end ? row.key(id) : 0;
+    const bool ties = id < at.end && key == edge.key;
+    const unsigned tied = __ballot_sync(~0u, ties);
+    const bool stays = (id < at.end && key > edge.key) || (ties && __popc(tied & ((1u << lane) - 1)) < at.left);
+    const Mass weight = stays ? row.weight(key) : 0;
+    Mass scan = weight;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const Mass other = __shfl_up_sync(~0u, scan, step);
+      if (lane >= step) scan += other;
+    }
+    const unsigned reached = __ballot_sync(~0u, weight > 0 && target < at.before + scan);
+    if (reached) return base + __ffs(reached) - 1;
+    const unsigned possible = __ballot_sync(~0u, weight > 0);
+    if (possible) last = base + 31 - __clz(possible);
+    at.before += __shfl_sync(~0u, scan, 31);
+    at.left = max(at.left - __popc(tied), 0LL);
+  }
+  return last;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) sample(const __grid_constant__ SampleArgs a) {
+  __shared__ Shared s;
+  release_next();
+  await_previous();
+  const int at = blockIdx.x;
+  Row<T> row{static_cast<const T*>(a.logits) + at * a.vocab, static_cast<int>(a.vocab), 0.0f, a.temperature[at]};
+  const int best = most_likely(s, row);
+  if (row.temperature == 0.0f) {
+    if (threadIdx.x == 0) a.tokens[at] = best;
+    return;
+  }
+  row.largest = widen(row.logits[best]);
+  __syncthreads();
+
+  Edge edge{0, 0};  // every key is larger
+  if (a.top_k[at] > 0 && a.top_k[at] < a.vocab) {
+    const auto most = static_cast<Mass>(a.top_k[at]);
+    Mass above;
+    edge.key = edge_key(s, row, most, above, [](uint32_t) { return Mass{1}; });
+    edge.equal = most - above;
+  }
+  auto kept = [&](uint32_t key) { return key > edge.key ? row.weight(key) : Mass{0}; };
+  Mass total = 0;
+  for_each(row, [&](int, uint32_t key) { total += kept(key); });
+  const Mass at_edge = edge.equal ? row.weight(edge.key) : 0;
+  total = block_sum(s, total) + edge.equal * at_edge;
+  if (a.top_p[at] < 1.0f) {
+    Mass wanted = static_cast<Mass>(ceil(static_cast<double>(a.top_p[at]) * static_cast<double>(total)));
+    if (wanted < 1) wanted = 1;
+    Mass above = total - edge.equal * at_edge;  // of what is larger than the edge of top_k
+    Edge nucleus = edge;
+    if (wanted <= above) nucleus.key = edge_key(s, row, wanted, above, kept);
+    const Mass each = row.weight(nucleus.key);
+    Mass count = each ? (wanted - above + each - 1) / each : edge.equal;
+    if (nucleus.key == edge.key && count > edge.equal) count = edge.equal;
+    nucleus.equal = count;
+    total = above + count * each;
+    edge = nucleus;
+  }
+  const int token = draw(s, row, edge, total, a.uniform[at]);
+  if (threadIdx.x == 0) a.tokens[at] = token;
+}
+
+template <typename T>
+const char* launch_sample(const SampleArgs& a, void* stream) {
+  return launch(sample<T>, dim3(static_cast<unsigned>(a.batch)), dim3(kThreads), 0, stream, a);
+}
+
+}  // namespace
+
+const char* sample_cuda(const SampleArgs& a, void* stream) {
+  if (a.signal == Type::f16) return launch_sample<Half>(a, stream);
+  if (a.signal == Type::bf16) return launch_sample<Brain>(a, stream);
+  return launch_sample<float>(a, stream);
+}
+
+}  // namespace lhcompile

@@ -1,0 +1,159 @@
+// Vectors of floats as wide as the instructions this file is compiled for, and loads and stores of every element type.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "args.h"
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace lhcompile::LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(kWidth * 4), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(kWidth * 4), aligned(4)));
+typedef uint8_t Bytes __attribute__((vector_size(kWidth), aligned(1)));
+typedef uint16_t Halves __attribute__((vector_size(kWidth * 2), aligned(2)));
+
+// 16-bit floats by their bits: float16 and bfloat16.
+struct Half {
+  uint16_t bits;
+};
+struct Brain {
+  uint16_t bits;
+};
+// float8 e4m3; its largest number, and what a row must reach not to be taken for zero.
+struct Eight {
+  uint8_t bits;
+};
+constexpr float kLargest = 448.0f, kSmallest = 1e-30f;
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float widen(float x) { return x; }
+inline float widen(Brain x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float widen(Half x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  // The exponent is moved by a product, which gives subnormal numbers their value; infinity and NaN keep theirs.
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
+  const float scaled = bits_to_float(magnitude) * 0x1p112f;
+  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0;
+  return bits_to_float(float_to_bits(scaled) | special | sign);
+#endif
+}
+
+// The exponent is moved by a product, as for float16.
+inline float widen(Eight x) {
+  const uint32_t magnitude = x.bits & 0x7fu;
+  const float value = magnitude == 0x7fu ? NAN : bits_to_float(magnitude << 20) * 0x1p120f;
+  return x.bits & 0x80u ? -value : value;
+}
+inline Floats load(const Eight* from) {
+  const Words bits = __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Words);
+  const Floats value = reinterpret_cast<Floats>((bits & 0x7fu) << 20) * 0x1p120f;
+  return reinterpret_cast<Floats>(reinterpret_cast<Words>(value) | (bits & 0x80u) << 24);
+}
+// To the nearest, numbers beyond the largest to the largest.
+inline void narrow(float x, Eight* to) {
+  const float magnitude = std::fabs(x) < kLargest ? std::fabs(x) : kLargest;
+  const uint32_t bits = float_to_bits(magnitude * 0x1p-120f);
+  to->bits = static_cast<uint8_t>((bits + 0x7ffffu + (bits >> 20 & 1)) >> 20 | (float_to_bits(x) >> 24 & 0x80u));
+}
+
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, Brain* to) {
+  const uint32_t bits = float_to_bits(x);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  to->bits = static_cast<uint16_t>(nan ? (bits >> 16 | 0x40) : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+inline void narrow(float x, Half* to) {
+#if defined(__F16C__)
+  to->bits = static_cast<uint16_t>(_cvtss_sh(x, 0));
+#else
+  const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // rounds to infinity
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: an addition rounds at the right place
+    half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13;
+  }
+  to->bits = static_cast<uint16_t>(half | sign);
+#endif
+}
+
+inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+inline Floats load(const Brain* from) {
+  const Halves bits = *reinterpret_cast<const Halves*>(from);
+  return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
+}
+inline Floats load(const Half* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+  return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  Floats value;
+  for (int i = 0; i < kWidth; i++) value[i] = widen(from[i]);
+  return value;
+#endif
+}
+
+inline float sum(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x));
+#else
+  float each[kWidth];
+  std::memcpy(each, &x, sizeof(x));
+  for (int step = kWidth / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; i++) each[i] += each[i + step];
+  return each[0];
+#endif
+}
+
+// n elements to floats and back.
+template <typename T>
+void widen_all(const T* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) *reinterpret_cast<Floats*>(to + i) = load(from + i);
+  for (; i < n; i++) to[i] = widen(from[i]);
+}
+template <typename T>
+void narrow_all(const float* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) narrow(from[i], to + i);
+}
+
+// Calls work with a null pointer of the element type.
+template <typename F>
+auto with_type(Type type, const F& work) {
+  if (type == Type::f16) return work(static_cast<Half*>(nullptr));
+  if (type == Type::bf16) return work(static_cast<Brain*>(nullptr));
+  return work(static_cast<float*>(nullptr));
+}
+
+}  // namespace lhcompile::LEVEL

@@ -1,0 +1,51 @@
+"""Builds for cuda on a machine without a GPU: their graphs run through the functions they carry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from commands import done
+from lhruntime import Session
+
+
+@pytest.fixture(scope="module", params=["none", "fp16", "fp8"])
+def built(
+    request: pytest.FixtureRequest, checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("fused") / "out"
+    options = ("--order", 4, "--method", "hankel", "--calibration", text, "--sequences", 4, "--target", "cuda")
+    done("build", checkpoint, "-o", out, *options, "--quantize", request.param)
+    return out
+
+
+def test_the_directory_has_a_decode_graph_and_each_weight_once(built: Path) -> None:
+    manifest = json.loads((built / "manifest.json").read_text())
+    assert manifest["graphs"]["decode"]["file"] == "decode.onnx"
+    assert manifest["files"].keys() >= {"step.onnx", "prefill.onnx", "decode.onnx", "weights.bin"}
+    bytes_each = {"none": 4, "fp16": 2, "fp8": 2}[manifest["quantize"]]
+    assert (built / "weights.bin").stat().st_size < bytes_each * manifest["model"]["parameters"] + 4096 * 100
+    report = json.loads((built / "report.json").read_text())
+    assert report["stages"][-1]["loss"] <= 1.01 * report["stages"][0]["loss"]
+
+
+def test_decoding_is_generating(built: Path) -> None:
+    """Greedy tokens through the decode graph are those of the session, and so are the states behind them."""
+    session, prompt = Session.load(built), np.frombuffer(b"def f1(x", np.uint8).astype(np.int64)
+    expected = [int(token[0]) for token in session.generate(prompt, 20, temperature=0)]
+    truth = session.states()
+    graph = onnxruntime.InferenceSession(built / "decode.onnx", providers=["CPUExecutionProvider"])
+    again = Session.load(built)
+    token = again.prefill(prompt[None])[:, -1].argmax(-1)[:, None]
+    states, found = list(again.states().values()), []
+    settings = {"uniform": 0.5, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    chosen = {name: np.array([x], np.int64 if name == "top_k" else np.float32) for name, x in settings.items()}
+    for _ in range(20):
+        found.append(int(token[0, 0]))
+        token, *states = graph.run(None, {"input_ids": token} | dict(zip(truth, states, strict=True)) | chosen)
+    assert found == expected
+    for mine, theirs in zip(states, truth.values(), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-3 * max(1.0, np.abs(theirs).max()))

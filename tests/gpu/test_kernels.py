@@ -1,0 +1,177 @@
+"""The kernels of runtimes/ops on a GPU against double precision, called without onnxruntime.
+
+Not run in CI, which has no GPU: `python -m pytest tests/gpu` on a machine that has one, after `make ops`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_ir as ir
+import pytest
+import torch
+from operators import Call, Linear, Mixer, Sample, error
+from torch import Tensor
+
+from bench.kernels import LIBRARY, Kernels
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+FLOAT, HALF, BRAIN = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
+BUDGET = {FLOAT: 1e-5, HALF: 5e-4, BRAIN: 4e-3}  # as in tests/parity/test_ops.py
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    assert LIBRARY.exists(), f"{LIBRARY} is not built (make ops)"
+    return Kernels()
+
+
+def placed(call: Call) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.cuda() for x in call.inputs)
+
+
+def computed(outputs: list[Tensor], call: object) -> list[Tensor]:
+    assert callable(call)
+    call()
+    torch.cuda.synchronize()
+    return [x.cpu() for x in outputs]
+
+
+def mixed(kernels: Kernels, mixer: Mixer, in_place: bool = False) -> list[Tensor]:
+    return computed(*kernels.mixer(placed(mixer.call()), mixer.block, mixer.outer, in_place))
+
+
+def projected(kernels: Kernels, linear: Linear) -> Tensor:
+    return computed(*kernels.linear(placed(linear.call()), linear.norm, linear.activation, linear.epsilon))[0]
+
+
+SHAPES = {
+    "complex": Mixer(),
+    "real": Mixer(complex_poles=False),
+    "odd": Mixer(order=5, batch=3),
+    "one state": Mixer(order=1, complex_poles=False),
+    "sixteen": Mixer(order=16, channels=160, block=160),
+    "many states": Mixer(order=300, channels=40, block=40),
+    "no bias": Mixer(bias=False),
+    "no taps": Mixer(taps=1),
+    "seven taps": Mixer(taps=7, channels=72, block=72),
+    "packed": Mixer(packed=True, order=5),
+    "packed, many rows": Mixer(packed=True, order=8, channels=260, block=260, batch=70),
+    "interleaved": Mixer(block=1, outer=2, channels=200),
+    "blocks": Mixer(block=8, outer=1),
+    "odd channels": Mixer(block=13, channels=13, batch=40),
+    "many rows": Mixer(batch=300, channels=320, block=320, order=6),
+    "many rows, blocks": Mixer(batch=70, channels=96, block=32, order=3, complex_poles=False),
+}
+KINDS = [(FLOAT, FLOAT, FLOAT), (HALF, HALF, FLOAT), (HALF, HALF, HALF), (BRAIN, BRAIN, BRAIN), (FLOAT, HALF, BRAIN)]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+@pytest.mark.parametrize("tokens", [1, 2, 5, 67, 513])
+def test_mixer(kernels: Kernels, name: str, kind: int, tokens: int) -> None:
+    signal, conv, recurrent = KINDS[kind]
+    mixer = replace(SHAPES[name], time=tokens, signal=signal, conv_state=conv, recurrent_state=recurrent)
+    if mixer.batch * tokens > 5000:
+        mixer = replace(mixer, time=5000 // mixer.batch)
+    given, wanted = mixed(kernels, mixer), mixer.expected()
+    exact = BUDGET[conv] if signal == FLOAT and conv != FLOAT else 0.0  # stored in a smaller type
+    for ours, truth, budget in zip(given, wanted, [BUDGET[signal], exact, BUDGET[recurrent]], strict=True):
+        assert truth.numel() == 0 or error(ours, truth) <= budget
+
+
+def test_a_step_may_write_where_it_reads(kernels: Kernels) -> None:
+    for name in ("complex", "many rows", "packed, many rows", "seven taps"):
+        for ours, theirs in zip(mixed(kernels, SHAPES[name], True), mixed(kernels, SHAPES[name]), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+LINEARS = {
+    "plain": Linear(),
+    "layer": Linear(norm="layer", norm_bias=True),
+    "rms": Linear(norm="rms", activation="gelu_tanh", bias=False),
+    "rms with bias": Linear(norm="rms", norm_bias=True, residual=True),
+    "everything": Linear(norm="layer", norm_bias=True, activation="gelu", residual=True),
+    "gelu": Linear(activation="gelu"),
+    "gelu_tanh": Linear(activation="gelu_tanh"),
+    "odd sizes": Linear(width=37, out=13, norm="layer", residual=True),
+    "wide": Linear(width=8192, out=300, residual=True),
+    "wider": Linear(width=5000, out=301, norm="rms", residual=True),
+    "large": Linear(width=2048, out=1030, norm="layer", norm_bias=True, activation="gelu"),
+}
+
+
+@pytest.mark.parametrize("name", LINEARS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 64, 200])
+@pytest.mark.parametrize("kind", [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
+def test_linear(kernels: Kernels, name: str, rows: int, kind: tuple[ir.DataType, ir.DataType | None]) -> None:
+    signal, bias_type = kind
+    linear = replace(LINEARS[name], batch=rows, time=1, signal=signal, bias_type=bias_type)
+    # where cuBLASLt gives the product to another kernel, it is rounded once more on the way
+    assert error(projected(kernels, linear), linear.expected()[0]) <= (1.5 if rows > 4 else 1) * BUDGET[signal]
+
+
+EIGHTS = {
+    "plain": Linear(width=64, out=48),
+    "layer": Linear(width=512, out=96, norm="layer", norm_bias=True, activation="gelu"),
+    "rms": Linear(width=2048, out=304, norm="rms", activation="gelu_tanh", bias=False),
+    "residual": Linear(width=8192, out=304, residual=True),
+}
+
+
+@pytest.mark.parametrize("name", EIGHTS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 64, 200])
+@pytest.mark.parametrize("kind", [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
+def test_linear_in_eight_bits(
+    kernels: Kernels, name: str, rows: int, kind: tuple[ir.DataType, ir.DataType | None]
+) -> None:
+    """The same codes of x enter the product, but for those at the edge between two: a thousandth of them, 6 % apart."""
+    signal, bias_type = kind
+    linear = replace(EIGHTS[name], batch=rows, time=1, signal=signal, bias_type=bias_type, eight=True)
+    assert error(projected(kernels, linear), linear.expected()[0]) <= 1.5 * BUDGET[signal] + 2e-3
+
+
+@pytest.mark.parametrize("signal", [FLOAT, HALF, BRAIN])
+@pytest.mark.parametrize("sample", [Sample(), Sample(step=0.5), Sample(vocab=50304, step=0.25), Sample(vocab=1)])
+def test_sample(kernels: Kernels, sample: Sample, signal: ir.DataType) -> None:
+    sample = replace(sample, signal=signal)
+    (given,) = computed(*kernels.sample(tuple(x for x in placed(sample.call()) if x is not None)))
+    torch.testing.assert_close(given, sample.expected()[0])
+
+
+def test_rows_do_not_depend_on_their_neighbours(kernels: Kernels) -> None:
+    whole = mixed(kernels, SHAPES["many rows"])
+    inputs = placed(SHAPES["many rows"].call())
+    for row in (0, 7, 299):
+        alone = tuple(x[row : row + 1].contiguous() if i < 3 and x is not None else x for i, x in enumerate(inputs))
+        for ours, theirs in zip(computed(*kernels.mixer(alone, 320, 0)), whole, strict=True):
+            assert error(ours, theirs[row : row + 1]) < 1e-6
+
+
+def test_a_graph_replays_what_was_run(kernels: Kernels) -> None:
+    """Five operators in a row, captured after one run: as one after the other."""
+    mixer = Mixer(batch=2, channels=256, block=256, signal=HALF, conv_state=HALF)
+    first = Linear(batch=2, time=1, width=256, out=768, norm="layer", signal=HALF)
+    last = Linear(batch=2, time=1, width=256, out=256, residual=True, signal=HALF)
+    many = Linear(batch=70, time=1, width=256, out=256, norm="rms", activation="gelu", signal=HALF)
+    (x,), call_one = kernels.linear(placed(first.call()), "layer")
+    (y, *_), call_two = kernels.mixer((x, *placed(mixer.call())[1:]), 256, 0)
+    (z,), call_three = kernels.linear((y, *placed(last.call())[1:]))
+    (other,), call_four = kernels.linear(placed(many.call()), "rms", "gelu")
+    calls = [call_one, call_two, call_three, call_four]
+    for call in calls:
+        call()
+        torch.cuda.synchronize()
+    wanted = [x.clone() for x in (x, y, z, other)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(20):
+        for value in (x, y, z, other):
+            value.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        for given, value in zip((x, y, z, other), wanted, strict=True):
+            assert torch.equal(given, value)

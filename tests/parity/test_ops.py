@@ -1,0 +1,252 @@
+"""The kernels of runtimes/ops against the functions that specify them, and against double precision.
+
+`make ops` builds the library. LHCOMPILE_OPS names another one; without any, the tests fail in CI and are skipped
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from operators import Call, Linear, Mixer, Sample, error, run
+
+FLOAT, HALF, BRAIN = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
+BUILT = Path(__file__).parents[2] / "build" / "ops" / "liblhcompile_ops.so"
+
+# float32: sums in another order. float16, bfloat16: half a unit of the last place of what is stored, once for what
+# enters a product and once for what comes out, measured in l2.
+BUDGET = {FLOAT: 1e-5, HALF: 5e-4, BRAIN: 4e-3}
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    path = Path(os.environ.get("LHCOMPILE_OPS", BUILT))
+    if not path.exists():
+        message = f"the operators are NOT TESTED: {path} is not built (make ops)"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
+MIXERS = {
+    "complex": Mixer(),
+    "real": Mixer(complex_poles=False),
+    "odd": Mixer(order=5, batch=3),
+    "odd real": Mixer(order=3, complex_poles=False),
+    "one state": Mixer(order=1, complex_poles=False),
+    "sixteen": Mixer(order=16, channels=160, block=160),
+    "no bias": Mixer(bias=False),
+    "no taps": Mixer(taps=1),
+    "two taps": Mixer(taps=2, outer=1),
+    "seven taps": Mixer(taps=7, channels=72, block=72),
+    "packed": Mixer(packed=True, order=5),
+    "packed real": Mixer(packed=True, complex_poles=False, order=3, channels=130, block=130),
+    "interleaved": Mixer(block=1, outer=2),
+    "interleaved, many channels": Mixer(block=1, outer=2, channels=200),
+    "blocks": Mixer(block=8, outer=1),
+    "large blocks": Mixer(block=32, channels=96, outer=1),
+    "odd channels": Mixer(block=13, channels=13, batch=5),
+    "one channel": Mixer(block=1, channels=1),
+    "half": Mixer(signal=HALF, conv_state=HALF),
+    "half states": Mixer(signal=HALF, conv_state=HALF, recurrent_state=HALF),
+    "half states, packed": Mixer(signal=HALF, conv_state=HALF, recurrent_state=HALF, packed=True),
+    "half, conv in float": Mixer(signal=HALF, conv_state=FLOAT, recurrent_state=FLOAT),
+    "brain": Mixer(signal=BRAIN, conv_state=BRAIN, recurrent_state=FLOAT),
+    "brain states": Mixer(signal=BRAIN, conv_state=BRAIN, recurrent_state=BRAIN, block=8),
+    "half states of float": Mixer(recurrent_state=HALF),
+}
+TIMES = [1, 2, 3, 31, 65, 257]
+
+
+def kinds(mixer: Mixer) -> list[float]:
+    """The budgets of the outputs: mixed, conv_state (copied, so exact), recurrent_state."""
+    return [BUDGET[mixer.signal], 0.0, BUDGET[mixer.recurrent_state]]
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("tokens", [None, *TIMES])
+def test_mixer(library: Path, name: str, tokens: int | None) -> None:
+    mixer = replace(MIXERS[name], time=tokens or 1, one_token=tokens is None)
+    call = mixer.call()
+    given, wanted, function = run(call, library), mixer.expected(), run(call)
+    for ours, truth, theirs, budget in zip(given, wanted, function, kinds(mixer), strict=True):
+        if truth.numel():
+            assert ours.dtype == theirs.dtype
+            assert error(ours, truth) <= budget
+            assert error(ours, theirs) <= 2 * budget
+
+
+LINEARS = {
+    "plain": Linear(),
+    "no bias": Linear(bias=False),
+    "layer": Linear(norm="layer", norm_bias=True),
+    "layer without bias": Linear(norm="layer", activation="gelu", epsilon=1e-2),
+    "rms": Linear(norm="rms", activation="gelu_tanh", bias=False),
+    "rms with bias": Linear(norm="rms", norm_bias=True, residual=True),
+    "everything": Linear(norm="layer", norm_bias=True, activation="gelu", residual=True),
+    "activation and residual": Linear(activation="gelu_tanh", residual=True, bias=False),
+    "odd sizes": Linear(width=37, out=13, norm="layer", residual=True),
+    "many rows": Linear(batch=7, time=9, width=256, out=200, norm="rms", activation="gelu", residual=True),
+    "large": Linear(batch=1, time=5, width=1024, out=520, norm="layer", norm_bias=True, residual=True),
+}
+
+
+@pytest.mark.parametrize("name", LINEARS)
+@pytest.mark.parametrize("one_token", [True, False])
+@pytest.mark.parametrize(("signal", "bias_type"), [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
+def test_linear(
+    library: Path, name: str, one_token: bool, signal: ir.DataType, bias_type: ir.DataType | None
+) -> None:
+    linear = replace(LINEARS[name], signal=signal, bias_type=bias_type, one_token=one_token)
+    linear = replace(linear, time=1) if one_token else linear
+    call = linear.call()
+    (given,), (wanted,), (function,) = run(call, library), linear.expected(), run(call)
+    assert given.dtype == function.dtype
+    assert error(given, wanted) <= BUDGET[signal]
+    assert error(given, function) <= 2 * BUDGET[signal]
+
+
+@pytest.mark.parametrize("name", ["plain", "layer", "rms", "everything", "many rows"])
+@pytest.mark.parametrize(("signal", "bias_type"), [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
+def test_linear_in_eight_bits(library: Path, name: str, signal: ir.DataType, bias_type: ir.DataType | None) -> None:
+    """Numbers of x at the edge between two codes may take the other one: a thousandth of them, 6 % apart."""
+    linear = replace(LINEARS[name], width=256, out=48, signal=signal, bias_type=bias_type, eight=True)
+    call = linear.call()
+    (given,), (wanted,), (function,) = run(call, library), linear.expected(), run(call)
+    assert error(given, wanted) <= BUDGET[signal] + 2e-3
+    assert error(given, function) <= 2 * BUDGET[signal] + 2e-3
+
+
+@pytest.mark.parametrize("sample", [Sample(), Sample(step=0.5), Sample(vocab=5000, step=0.25), Sample(vocab=1)])
+@pytest.mark.parametrize("signal", [FLOAT, HALF, BRAIN])
+def test_sample(library: Path, sample: Sample, signal: ir.DataType) -> None:
+    sample = replace(sample, signal=signal)
+    (given,), (function,) = run(sample.call(), library), run(sample.call())
+    torch.testing.assert_close(given, sample.expected()[0])
+    torch.testing.assert_close(given, function)
+
+
+def test_rows_do_not_depend_on_their_neighbours(library: Path) -> None:
+    """To the last bit: a row alone, and the same row among others."""
+    cases = [
+        (Mixer(batch=5, time=3, order=6, channels=72, block=72).call(), (0, 1, 2)),
+        (Linear(batch=5, width=96, norm="layer", activation="gelu", residual=True).call(), (0, 3)),
+        (Sample(batch=5, step=0.5).call(), (0, 1, 2, 3, 4)),
+    ]
+    for call, rowwise in cases:
+        together = run(call, library)
+        for row in range(5):
+            inputs = tuple(
+                x[row : row + 1] if place in rowwise and x is not None else x for place, x in enumerate(call.inputs)
+            )
+            for whole, alone in zip(together, run(replace(call, inputs=inputs), library), strict=True):
+                assert torch.equal(whole[row : row + 1], alone)
+
+
+def test_threads_change_nothing(library: Path) -> None:
+    for call in (
+        Mixer(batch=6, time=4, channels=320, block=320, packed=True).call(),
+        Linear(batch=3, width=128, out=700, norm="rms").call(),
+        Sample().call(),
+    ):
+        for one, two in zip(run(call, library, threads=1), run(call, library, threads=2), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_cuts_change_nothing(library: Path) -> None:
+    """A sequence whole, and in cuts with the states carried."""
+    mixer = Mixer(time=70, order=5, channels=40, block=40)
+    call = mixer.call()
+    whole = run(call, library)
+    projected, states, pieces = call.inputs[0], list(call.inputs[1:3]), []
+    assert projected is not None
+    for piece in projected.split([1, 5, 40, 1, 23], dim=1):
+        y, *states = run(replace(call, inputs=(piece, *states, *call.inputs[3:])), library)
+        pieces.append(y)
+    for given, wanted in zip([torch.cat(pieces, 1), *states], whole, strict=True):
+        assert error(given, wanted) < 1e-6
+
+
+def test_every_input_is_heard(library: Path) -> None:
+    """A table changed in one place changes the outputs: the comparisons above can fail."""
+    for case, places in ((Mixer(packed=True, order=5), (0, 1, 2, 3, 4, 5, 6, 7, 8)), (LINEARS["everything"], range(6))):
+        call = case.call()
+        before = run(call, library)
+        for place in places:
+            value = call.inputs[place]
+            assert value is not None
+            changed = value.clone()
+            changed.view(-1)[-1] += 1
+            inputs = (*call.inputs[:place], changed, *call.inputs[place + 1 :])
+            after = run(replace(call, inputs=inputs), library)
+            assert max(error(x, y) for x, y in zip(after, before, strict=True)) > 10 * BUDGET[FLOAT], place
+
+
+@pytest.mark.parametrize("case", [Mixer(), Linear(), Sample()])
+def test_the_kernel_is_taken_and_not_the_function(library: Path, tmp_path: Path, case: Mixer | Linear | Sample) -> None:
+    def kinds_with(path: Path | None) -> set[str]:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        if path is not None:
+            options.register_custom_ops_library(str(path))
+        onnxruntime.InferenceSession(case.call().model(), options, providers=["CPUExecutionProvider"])
+        return {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+
+    name = type(case).__name__.replace("Mixer", "HyenaMixer")
+    assert kinds_with(library) == {name}
+    assert name not in kinds_with(None)
+
+
+def message(call: Call, library: Path) -> str:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # onnxruntime has a class of exceptions for every code
+        run(call, library)
+    return str(caught.value)
+
+
+def test_wrong_shapes_are_refused(library: Path) -> None:
+    call = Mixer().call()
+    state = torch.zeros(2, 5, 24)
+    text = message(replace(call, inputs=(*call.inputs[:2], state, *call.inputs[3:])), library)
+    assert "recurrent_state is [2, 5, 24], expected [batch, order, channels]" in text
+    call = Linear().call()
+    text = message(replace(call, inputs=(torch.zeros(2, 3, 41), *call.inputs[1:])), library)
+    assert "weight is [24, 40] for x of width 41" in text
+
+
+def test_empty_batches(library: Path) -> None:
+    for case in (Mixer(batch=0, one_token=True), Linear(batch=0), Sample(batch=0)):
+        if isinstance(case, Sample):
+            call = Sample().call()
+            call = replace(call, inputs=tuple(x[:0] for x in call.inputs if x is not None))
+        else:
+            call = case.call()
+        assert [len(value) for value in run(call, library)] == [0] * len(call.function.outputs)
+
+
+def test_a_step_is_not_slower_than_its_function(library: Path) -> None:
+    """One token of a wide mixer: the function takes a dozen operators."""
+    call = Mixer(batch=1, channels=768, block=768, order=4, one_token=True).call()
+
+    def fastest(path: Path | None) -> float:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        if path is not None:
+            options.register_custom_ops_library(str(path))
+        session = onnxruntime.InferenceSession(call.model(), options, providers=["CPUExecutionProvider"])
+        feeds, names, times = call.feeds(), [value.name for value in session.get_outputs()], []
+        for _ in range(300):
+            started = time.perf_counter()
+            session.run_with_ort_values(names, feeds)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    assert fastest(library) < fastest(None)

@@ -1,0 +1,329 @@
+"""Fused operators: the same model in torch, in onnxruntime through their functions, and through kernels."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from lhruntime.sampling import Sampler
+from models import ORDERS, TINY_MODELS, WIDTH, Hyena, Mixer, program_of, with_modal
+from streams import assert_parity, serialized, torch_stream
+from torch import Tensor
+
+from lhcompile.artifacts import Lowered, Program
+from lhcompile.config import QuantizeConfig
+from lhcompile.lower import complete, lower
+from lhcompile.lower.fuse import fuse
+from lhcompile.quantize import keep_states, kept_in, quantize
+from lhcompile.streamify import streamify
+
+Run = Callable[[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]
+FORMS = [(name, form) for name in TINY_MODELS for form in ("exact", "modal", "packed")]
+LOWERED = [("per channel", "modal"), ("per channel", "packed"), ("hybrid", "packed")]
+CUTS: tuple[Sequence[int], ...] = ((), [1] * 9, [7, 1, 12])
+LIBRARY = Path(os.environ.get("LHCOMPILE_OPS", Path(__file__).parents[3] / "build/ops/liblhcompile_ops.so"))
+
+
+@cache
+def streamed(name: str, form: str) -> Program:
+    program = program_of(*TINY_MODELS[name])
+    if form != "exact":
+        program = with_modal(program, orders=ORDERS if form == "packed" else None)
+    return streamify(program)
+
+
+@cache
+def for_cuda(name: str, form: str) -> Lowered:
+    return lower(streamed(name, form), "cuda")
+
+
+@cache
+def one_layer() -> tuple[Program, Lowered]:
+    """A Hyena of one layer and states of one order; not to be changed."""
+    program = streamify(with_modal(program_of(Hyena)))
+    return program, lower(program, "cuda")
+
+
+def quantized(lowered: Lowered, precision: str) -> Lowered:
+    """As stored, before functions are chosen."""
+    return quantize(lowered, QuantizeConfig(quantize=precision)).lowered  # type: ignore[arg-type]
+
+
+def tokens(program: Program, time: int = 20) -> Tensor:
+    return program.signal.random(3, time, 10, seed=1)
+
+
+def named(program: Program) -> Counter[str]:
+    nodes = program.graph.graph.nodes
+    return Counter(str(node.target).split(".")[1] for node in nodes if str(node.target).startswith("lhc."))
+
+
+def stream(lowered: Lowered, operators: Path | None = None) -> Run:
+    """Both graphs in onnxruntime, with the library or through the functions."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    if operators is not None:
+        options.register_custom_ops_library(str(operators))
+    step, prefill = (
+        onnxruntime.InferenceSession(serialized(model), options, providers=["CPUExecutionProvider"])
+        for model in (lowered.step, lowered.prefill)
+    )
+
+    def run(ids: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        session = step if ids.shape[1] == 1 else prefill
+        names = [value.name for value in session.get_inputs()]
+        results = session.run(None, dict(zip(names, [x.numpy() for x in (ids, *states)], strict=True)))
+        logits, *after = (torch.from_numpy(result) for result in results)
+        return logits, after
+
+    return run
+
+
+def difference(one: Lowered, other: Lowered, program: Program) -> float:
+    """Largest root mean square of the difference of logits or final states, of that of the other's."""
+    ids, worst = tokens(program), 0.0
+    for cuts in ([20], [1] * 20, [7, 1, 12]):
+        found, expected = ([list(graphs.states), *fed(graphs, ids, cuts)] for graphs in (one, other))
+        for (mine, theirs) in zip(found[1:], expected[1:], strict=True):
+            scale = float(theirs.double().square().mean().sqrt())
+            worst = max(worst, float((mine.double() - theirs.double()).square().mean().sqrt()) / max(scale, 1e-9))
+    return worst
+
+
+def fed(graphs: Lowered, ids: Tensor, cuts: Sequence[int]) -> list[Tensor]:
+    run, states, logits = stream(graphs), [state.zeros(len(ids)) for state in graphs.states], []
+    for piece in ids.split(list(cuts), dim=1):
+        part, states = run(piece, states)
+        logits.append(part)
+    return [torch.cat(logits, 1), *states]
+
+
+# ---- the program ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_a_fused_program_is_the_program(name: str, form: str) -> None:
+    program = streamed(name, form)
+    fused = fuse(program)
+    for cuts in CUTS:
+        assert_parity(torch_stream(fused), torch_stream(program), program.states, tokens(program), cuts)
+    assert named(fused)["linear"] == sum(
+        node.target == torch.ops.aten.linear.default for node in program.graph.graph.nodes
+    )
+    assert named(program)["linear"] == 0
+
+
+@pytest.mark.parametrize(("form", "mixers"), [("exact", 0), ("modal", 1), ("packed", 1)])
+def test_what_becomes_a_mixer(form: str, mixers: int) -> None:
+    """The Hyena, but neither filters that keep their taps nor outer products and other short convolutions."""
+    found = named(fuse(streamed("per channel", form)))
+    assert found["hyena_mixer"] == mixers
+    assert found["fir"] == 5 - mixers
+    assert "hyena_mixer" not in named(fuse(streamed("shared", form)))
+
+
+class Pointwise(Mixer):
+    """x [batch, time, 3 · WIDTH] → like its first part"""
+
+    inner = staticmethod(lambda x: x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.rand(WIDTH) + 0.5)
+        self.up, self.down = torch.nn.Linear(WIDTH, 2 * WIDTH), torch.nn.Linear(2 * WIDTH, WIDTH, bias=False)
+
+    def rms(self, x: Tensor, inside: bool) -> Tensor:
+        mean = x.square().mean(-1, keepdim=True)
+        return self.scale * (x / ((mean + 1e-5).sqrt() if inside else mean.sqrt() + 1e-5))
+
+
+class Inside(Pointwise):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[..., :WIDTH].contiguous()
+        return x + self.down(F.gelu(self.up(self.rms(x, True))))
+
+
+class Outside(Pointwise):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[..., :WIDTH].contiguous()
+        return x + self.down(F.gelu(self.up(self.rms(x, False)), approximate="tanh"))
+
+
+class HeardTwice(Pointwise):
+    """A norm that is heard beside its projection, and an activation that a product hears too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[..., :WIDTH].contiguous()
+        normed = self.rms(x, True)
+        up = self.up(normed)
+        return normed + self.down(F.gelu(up) * up)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "norm", "activation", "residual"),
+    [
+        (Inside, "rms", "gelu", True),
+        (Outside, "none", "gelu_tanh", True),
+        (HeardTwice, "none", "none", True),
+    ],
+)
+def test_neighbours_of_a_projection(mixer: type[Mixer], norm: str, activation: str, residual: bool) -> None:
+    program = streamify(program_of(mixer))
+    fused = fuse(program)
+    assert_parity(torch_stream(fused), torch_stream(program), program.states, tokens(program))
+    linears = [node for node in fused.graph.graph.nodes if node.target == torch.ops.lhc.linear.default]
+    first, up, down, last, head = linears
+    assert [first.args[6], head.args[6]] == ["layer", "none"]
+    assert (up.args[6], up.args[8]) == (norm, activation)
+    assert (down.args[3] is not None) == residual
+    assert last.args[3] is not None
+
+
+# ---- the graphs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "form"), LOWERED)
+def test_functions_stand_for_kernels(name: str, form: str) -> None:
+    program, lowered = streamed(name, form), for_cuda(name, form)
+    for cuts in CUTS:
+        assert_parity(stream(lowered), torch_stream(program), program.states, tokens(program), cuts)
+
+
+@pytest.mark.parametrize(("name", "form"), LOWERED[1:])
+@pytest.mark.parametrize("precision", ["none", "fp16"])
+def test_kernels_are_the_functions(name: str, form: str, precision: str) -> None:
+    if not LIBRARY.exists():
+        message = f"the operators are NOT TESTED: {LIBRARY} is not built (make ops)"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    program, lowered = streamed(name, form), complete(quantized(for_cuda(name, form), precision))
+    mine, theirs = stream(lowered, LIBRARY), stream(lowered)
+    logits, states = mine(tokens(program), [state.zeros(3) for state in program.states])
+    expected, after = theirs(tokens(program), [state.zeros(3) for state in program.states])
+    share = 1e-5 if precision == "none" else 2e-3  # a sum in another order may be rounded to the other neighbour
+    for found, truth in zip([logits, *states], [expected, *after], strict=True):
+        assert float((found - truth).abs().max()) <= share * float(truth.abs().max())
+
+
+def test_a_hyena_layer_is_three_nodes() -> None:
+    program, lowered = one_layer()
+    assert [node.op_type for node in lowered.step.graph] == ["Gather", "Linear", "HyenaMixer", "Linear", "Linear"]
+    assert [node.op_type for node in lowered.prefill.graph] == [node.op_type for node in lowered.step.graph]
+    assert all(node.op_identifier() in lowered.step.functions for node in lowered.step.graph if node.domain)
+    assert lower(program, "cpu").step.functions == {}
+
+
+def with_attribute(model: ir.Model) -> None:
+    (mixer,) = [node for node in model.graph if node.op_type == "HyenaMixer"]
+    mixer.attributes["outer"] = ir.AttrInt64("outer", 2)
+
+
+def without_residual(model: ir.Model) -> None:
+    node = next(node for node in model.graph if node.op_type == "Linear" and len(node.inputs) > 3 and node.inputs[3])
+    node.replace_input_with(3, None)
+
+
+def other_places(model: ir.Model) -> None:
+    (mixer,) = [node for node in model.graph if node.op_type == "HyenaMixer"]
+    index = mixer.inputs[9]
+    assert index is not None
+    assert index.const_value is not None
+    index.const_value = ir.tensor(np.roll(index.const_value.numpy(), 1, 1))
+
+
+@pytest.mark.parametrize("mutate", [with_attribute, without_residual, other_places])
+def test_wrong_nodes_are_caught(mutate: Callable[[ir.Model], None]) -> None:
+    program = streamify(with_modal(program_of(Hyena), orders=ORDERS))
+    lowered = lower(program, "cuda")
+    for model in (lowered.step, lowered.prefill):
+        mutate(model)
+    with pytest.raises(AssertionError):
+        assert_parity(stream(complete(lowered)), torch_stream(program), program.states, tokens(program))
+
+
+# ---- precisions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp16", 2e-3), ("bf16", 2e-2), ("fp8", 0.1)])
+@pytest.mark.parametrize(("name", "form"), LOWERED[1:])
+def test_precisions_of_signals(name: str, form: str, precision: str, share: float) -> None:
+    """Half of the gate's tolerance or less; int8 and int4 spell their projections out."""
+    result = quantize(for_cuda(name, form), QuantizeConfig(quantize=precision))  # type: ignore[arg-type]
+    assert 0 < difference(complete(result.lowered), complete(result.rounded), streamed(name, form)) <= share
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_nothing_between_fused_operators_is_float32(precision: str) -> None:
+    halves = complete(quantized(one_layer()[1], precision))
+    for model in (halves.step, halves.prefill):
+        *others, last = model.graph
+        assert [node.op_type for node in others] == ["Gather", "Linear", "HyenaMixer", "Linear", "Linear"]
+        assert last.op_type == "Cast"
+        kinds = {node.outputs[0].dtype for node in others}
+        assert kinds == {ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.BFLOAT16}
+        assert {value.dtype for value in (*model.graph.inputs[1:], *model.graph.outputs)} == {ir.DataType.FLOAT}
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_integers_keep_the_mixer(precision: str) -> None:
+    found = Counter(node.op_type for node in complete(quantized(one_layer()[1], precision)).step.graph)
+    assert (found["HyenaMixer"], found["MatMulNBits"], found["Linear"]) == (1, 3, 0)
+
+
+def test_states_that_are_cast_for_the_mixer_are_its_own() -> None:
+    program, lowered = one_layer()
+    half = quantized(lowered, "fp16")
+    kept = keep_states(half, kept_in(program.states, "float16", None))
+    before = [node.op_type for node in kept.step.graph].count("Cast")
+    graphs = complete(kept)
+    assert [node.op_type for node in graphs.step.graph].count("Cast") == 1 < before
+    assert {value.dtype for value in graphs.step.graph.inputs[1:]} == {ir.DataType.FLOAT16}
+    assert difference(graphs, complete(half), program) <= 2e-3
+
+
+# ---- the next token ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["none", "fp16"])
+def test_decode_is_the_step_and_a_choice(precision: str) -> None:
+    """The tokens are those that lhruntime's sampler takes from the step's logits with the same uniform numbers."""
+    program, source = one_layer()
+    lowered = complete(quantized(source, precision), decode=True)
+    assert lowered.decode is not None
+    step, decode = (onnxruntime.InferenceSession(serialized(model)) for model in (lowered.step, lowered.decode))
+    settings = ["uniform", "temperature", "top_k", "top_p"]
+    names = [value.name for value in step.get_inputs()]
+    assert [value.name for value in decode.get_inputs()] == names + settings
+    draw = np.random.default_rng(0)
+    ids, states = draw.integers(0, 10, (4, 1)), [state.zeros(4).numpy() for state in program.states]
+    chosen = {
+        "temperature": np.array([0, 1, 0.7, 1.3], np.float32),
+        "top_k": np.array([0, 0, 5, 0]),
+        "top_p": np.array([1, 1, 1, 0.8], np.float32),
+    }
+    for _ in range(12):
+        feeds = dict(zip(names, (ids, *states), strict=True))
+        uniform = draw.random(4, np.float32)
+        logits, *expected = step.run(None, feeds)
+        tokens_, *states = decode.run(None, feeds | chosen | {"uniform": uniform})
+        assert all((mine == theirs).all() for mine, theirs in zip(states, expected, strict=True))
+        for row, token in enumerate(tokens_[:, 0]):
+            temperature, top_k, top_p = (values[row] for values in chosen.values())
+            sampler = Sampler(float(temperature), int(top_k), float(top_p))
+            edges = np.cumsum(sampler.probabilities(logits[row])[0])
+            assert token == np.searchsorted(edges, uniform[row] * edges[-1], side="right")
+        ids = tokens_
+
+
+def test_no_decode_graph_for_others() -> None:
+    program, lowered = one_layer()
+    assert complete(lower(program, "cpu"), decode=True).decode is None
+    assert complete(lowered).decode is None
