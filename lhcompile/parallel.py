@@ -23,9 +23,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """work(item) for every item, in order; as many at once as torch has threads, without gradients."""
+def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], most: int | None = None) -> list[Result]:
+    """work(item) for every item, in order; as many at once as torch has threads, or `most`, without gradients."""
     pieces, threads = list(items), torch.get_num_threads()
+    workers = threads if most is None else min(threads, most)
 
     def quietly(item: Item) -> Result:
         with torch.no_grad():
@@ -34,7 +35,7 @@ def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> list[
     if threads == 1 or len(pieces) == 1:
         return [quietly(item) for item in pieces]
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(quietly, pieces))
     finally:
         torch.set_num_threads(threads)
