@@ -130,6 +130,8 @@ def picture(result: dict[str, Row], path: Path) -> None:
 
 
 def _color(system: str) -> str:
+    if system.endswith("lhruntime"):
+        return "#7a1f2b"
     return COLORS.get(system.split()[0] if system.startswith("ours") else system, "#333333")
 
 
@@ -148,13 +150,18 @@ def _bars(axes: Axes, found: Row) -> None:
     axes.set_xlabel("context")
     axes.set_ylabel("tokens a second")
     axes.set_yscale("log")
-    axes.legend(fontsize="small")
+    axes.set_ylim(top=8 * axes.get_ylim()[1])
+    axes.legend(fontsize="small", loc="upper left", ncols=2)
 
 
 def _curves(axes: Axes, found: Row) -> None:
     for system, rows in _at(found, _contexts(found)[0]):
         batches = [row["batch"] for row in rows]
-        axes.plot(batches, [row["tokens_per_second"] for row in rows], "o-", color=_color(system), label=system, ms=3)
+        swept = len(rows) > 2  # a line between two batches would say something of those between
+        rates = [row["tokens_per_second"] for row in rows]
+        axes.plot(batches, rates, "o-" if swept else "D", color=_color(system), label=system, ms=3)
+        if not swept:
+            continue
         floor = [row["batch"] / row["floor_seconds"] for row in rows]
         axes.plot(batches, floor, ":", color=_color(system), lw=1)
     axes.set_xlabel("batch (dotted: the floor's rate)")
