@@ -148,7 +148,7 @@ def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, c
     report = report_of(
         loaded, quantized[0], streamed, distilled, stages, graph, config.distill.rise, command, sequences.source
     )
-    fixed = len(plan.signals), plan.listened
+    fixed = plan.fixed, plan.listened
     report = report.model_copy(update=rounding_of(config, poles, plan.allotted, fixed, product[0].states))
     stopping = None
     if config.lower.mask:

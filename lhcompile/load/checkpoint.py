@@ -29,7 +29,7 @@ from lhcompile.load.configuration import read_mapping
 from lhcompile.load.folder import options_of, weights_in
 from lhcompile.load.inert import read_inert, tensors_of
 from lhcompile.load.mapped import MappedFiles
-from lhcompile.load.pieces import is_piece, joined
+from lhcompile.load.pieces import is_piece, joined, whole_name
 from lhcompile.load.wrapped import options_in, weights_in_wrappers
 
 __all__ = ["SUFFIXES", "Checkpoint", "fill", "is_checkpoint", "read_checkpoint", "shape_text", "without_prefix"]
@@ -80,8 +80,8 @@ def read_checkpoint(path: Path, given: bool = False) -> Checkpoint:
     if not path.is_file() and not path.is_dir():
         raise CheckpointError(f"{path}: the checkpoint does not exist")
     found = _read_folder(path) if path.is_dir() else _read_file(path)
-    beside = options_of(path)
-    if beside.is_file() and (path.is_dir() or path.suffix == ".safetensors" or not given):
+    beside = options_of(path if path.is_dir() else whole_name(path))
+    if beside.is_file() and (path.is_dir() or whole_name(path).suffix == ".safetensors" or not given):
         notes = () if path.is_dir() else (f"read the options in {beside.name} beside the file",)
         return replace(found, config=read_mapping(beside), config_file=beside, notes=found.notes + notes)
     if not found.config:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lhcompile.errors import CheckpointError
 
-__all__ = ["is_piece", "joined", "pieces_of"]
+__all__ = ["is_piece", "joined", "pieces_of", "whole_name"]
 
 PIECE = re.compile(r"(.+)\.part(\d+)$")
 
@@ -22,15 +22,25 @@ def is_piece(path: Path, suffixes: Collection[str]) -> bool:
     return match is not None and Path(match[1]).suffix in suffixes
 
 
+def whole_name(path: Path) -> Path:
+    """The file that a piece is of; any other file as it is."""
+    match = PIECE.match(path.name)
+    return path.with_name(match[1]) if match else path
+
+
 def pieces_of(piece: Path) -> tuple[Path, ...]:
-    """All pieces of the file that one is of, in order. Raises CheckpointError when one is missing between them."""
-    match = PIECE.match(piece.name)
-    name = match[1] if match else piece.name
-    numbered = {
-        int(found[2]): path
-        for path in piece.parent.iterdir()
-        if (found := PIECE.match(path.name)) and found[1] == name and path.is_file()
-    }
+    """All pieces of the file that one is of, in order.
+
+    Raises CheckpointError when one is missing between them, or two have one number.
+    """
+    name = whole_name(piece).name
+    numbered: dict[int, Path] = {}
+    for path in sorted(piece.parent.iterdir()):
+        found = PIECE.match(path.name)
+        if found and found[1] == name and path.is_file():
+            other = numbered.setdefault(int(found[2]), path)
+            if other != path:
+                raise CheckpointError(f"{piece.parent / name}: {other.name} and {path.name} are the same piece")
     first = 0 if 0 in numbered else 1
     for number in range(first, max(numbered) + 1):
         if number not in numbered:

@@ -20,7 +20,7 @@ from lhcompile.lower import cpu, cuda, mcu, portable, web
 from lhcompile.lower.decode import decoding
 from lhcompile.lower.export import export_onnx
 from lhcompile.lower.external import WEIGHTS_NAME, share_tensors, weight_places, write_graphs
-from lhcompile.lower.forms import StatesAsKept, with_functions
+from lhcompile.lower.forms import with_functions
 from lhcompile.lower.fuse import fuse
 from lhcompile.lower.masked import masked
 
@@ -49,17 +49,12 @@ def lower(program: Program, target: Target) -> Lowered:
 
 def complete(lowered: Lowered, decode: bool = False) -> Lowered:
     """The graphs as they are written: with the functions of their fused operators, which follow from the types around
-    those, and states that are cast for such an operator alone read and written by it as they are.
+    those.
 
     decode: with a decode graph, where the target has one
     """
-    step = _completed(lowered.step)
+    step = with_functions(lowered.step)
     alone = lowered.prefill is lowered.step
-    prefill = step if alone else _completed(lowered.prefill)
+    prefill = step if alone else with_functions(lowered.prefill)
     chosen = decode and lowered.target in _FUSED and step.graph.inputs[0].dtype == ir.DataType.INT64
     return replace(lowered, step=step, prefill=prefill, decode=with_functions(decoding(step)) if chosen else None)
-
-
-def _completed(model: ir.Model) -> ir.Model:
-    StatesAsKept()(model)
-    return with_functions(model)

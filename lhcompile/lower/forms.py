@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from lhcompile.lower.functions import DOMAIN, VERSION, linear_function, mixer_function, sample_function
 
-__all__ = ["StatesAsKept", "with_functions"]
+__all__ = ["with_functions"]
 
 IR_VERSION = 10
 """The first in which a function may have several forms."""
@@ -35,55 +34,6 @@ def with_functions(model: ir.Model) -> ir.Model:
         model.opset_imports[DOMAIN] = VERSION
         model.ir_version = max(IR_VERSION, model.ir_version)
     return model
-
-
-class StatesAsKept(ir.passes.InPlacePass):
-    """Mixers that read and write states in fewer bits themselves.
-
-    Before: Cast(s₁₆) → HyenaMixer → Cast(Clip(s')).   After: s₁₆ → HyenaMixer → s'₁₆. A number beyond those of 16 bits
-    becomes infinite then, where Clip left the largest; it is seen in the next logits.
-    """
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        changed = False
-        for node in model.graph:
-            if node.domain == DOMAIN and node.op_type == "HyenaMixer":
-                for place in (1, 2):
-                    changed |= _keep(model.graph, node, place)
-        if changed:
-            common.RemoveUnusedNodesPass()(model)  # and the ends of a Clip
-        return ir.passes.PassResult(model, changed)
-
-
-def _keep(graph: ir.Graph, node: ir.Node, place: int) -> bool:
-    """Input and output `place` in the type that the state has outside, if both are cast and neither is heard else."""
-    wide, new = node.inputs[place], node.outputs[place]
-    assert wide is not None
-    read, written = wide.producer(), _only_user(new)
-    clip = None
-    if written is not None and written.op_type == "Clip":
-        clip, written = written, _only_user(written.outputs[0])
-    if read is None or written is None or read.op_type != "Cast" or written.op_type != "Cast":
-        return False
-    kept, left = read.inputs[0], written.outputs[0]
-    assert kept is not None
-    halves = kept.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    if not halves or kept.dtype != left.dtype or new.is_graph_output():
-        return False
-    node.replace_input_with(place, kept)
-    name = left.name
-    new.type = left.type
-    ir.convenience.replace_all_uses_with(left, new, replace_graph_outputs=True)
-    graph.remove([step for step in (written, clip) if step is not None], safe=True)
-    new.name = name
-    if not wide.uses():
-        graph.remove(read, safe=True)
-    return True
-
-
-def _only_user(value: ir.Value) -> ir.Node | None:
-    uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 else None
 
 
 def _mixer(node: ir.Node) -> ir.Function:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lhcompile.artifacts import Allotted, Lowered, Part, Quantized
 from lhcompile.config import QuantizeConfig
+from lhcompile.errors import LowerError
 from lhcompile.quantize.blocks import fixed_signals, fused_weight, integer_products, integer_table, linear_weight
 from lhcompile.quantize.fp8 import fp8_products
 from lhcompile.quantize.halves import half_products, half_table, half_weight
@@ -57,6 +58,11 @@ class Plan:
     signals: Mapping[Key, tuple[float, float]] = field(default_factory=dict)
     allotted: tuple[Allotted, ...] = ()
     listened: int = 0
+
+    @property
+    def fixed(self) -> int:
+        """The number of signals that are rounded by fixed scales: of those whose weights stay in int8."""
+        return sum(self.precisions.get(key, "int8") == "int8" for key in self.signals)
 
 
 def quantize(lowered: Lowered, config: QuantizeConfig, plan: Plan | None = None) -> Quantized:
@@ -143,11 +149,25 @@ def plan_weights(
                 keys[name] = key
                 plans = {rung: Plan({key: rung}, signals) for rung in ladder}
                 forms = {rung: _form(lowered.target, kind, config, plan, key) for rung, plan in plans.items()}
-                candidates.append(Candidate(name, [_rung(use, rung, form) for rung, form in forms.items()]))
+                candidates.append(Candidate(name, list(_rungs(use, forms))))
     trials = Trials(lowered, model, list(keys))
     measure = Measure(lambda weights: partial(trials, weights=weights), rows, sampled)
     allotted = allot(candidates, measure, budget, say)
     return Plan({keys[each.name]: each.precision for each in allotted}, signals, allotted, listened)
+
+
+def _rungs(use: Use, forms: dict[str, Form]) -> Iterator[Rung]:
+    """The rungs of a weight's ladder, up to the first that cannot hold it; the lowest has to.
+
+    Raises LowerError.
+    """
+    for index, (precision, form) in enumerate(forms.items()):
+        try:
+            yield _rung(use, precision, form)
+        except LowerError:
+            if index == 0:
+                raise
+            return
 
 
 def _rung(use: Use, precision: str, form: Form) -> Rung:

@@ -23,7 +23,7 @@ __all__ = ["FUSED", "HalfSignals"]
 
 FUSED = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp8": ir.DataType.FLOAT16}
 """Precisions that fused operators read as they are, and the type of signals with each."""
-_HEARD = {"HyenaMixer": (0,), "Linear": (0, 3), "LinearFp8": (0, 3), "LinearInt4": (0, 3)}
+_HEARD = {"HyenaMixer": (0,), "Linear": (0, 3), "LinearFp8": (0, 3)}
 """Inputs of fused operators that are signals; the first output is one."""
 _BIAS = 2
 _ELEMENTWISE = {"Add", "Mul", "Sub", "Sigmoid", "Tanh", "Relu", "Gelu"}

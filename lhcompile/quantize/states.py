@@ -28,8 +28,6 @@ __all__ = ["keep_states", "kept_in", "state_ranges"]
 
 ROOM = 1.1
 """Largest number that int8 holds, as a multiple of the largest on calibration tokens."""
-PIECE = 16
-"""Tokens between two looks at the states."""
 LEVELS = 127
 _MOVED = {"fir": -2, "long_conv": -2, "key": -2, "value": -2}
 """Kinds of states whose numbers move along an axis."""
@@ -40,11 +38,11 @@ _TYPES = {"float16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
 @torch.no_grad()
 def state_ranges(program: Program, sequences: Tensor) -> dict[str, Tensor]:
     """The largest |number| in every entry of every state of a streamed program on sequences [rows, time, …], [*shape]
-    by name; looked at every `PIECE` tokens."""
+    by name; looked at after every token, for modal states peak between any two looks."""
     states = program.start(len(sequences))
     found = [torch.zeros(state.shape[1:], dtype=state.dtype) for state in states]
-    for piece in sequences.split(PIECE, dim=1):
-        _, *states = program.graph(piece, *states)
+    for token in sequences.split(1, dim=1):
+        _, *states = program.graph(token, *states)
         found = [torch.maximum(old, state.abs().amax(0)) for old, state in zip(found, states, strict=True)]
     return dict(zip((state.name for state in program.states), found, strict=True))
 

@@ -167,3 +167,17 @@ def test_pieces_without_room(state: State, saved: Save, tmp_path: Path, monkeypa
     monkeypatch.setattr("lhcompile.load.pieces.shutil.copyfileobj", full)
     with pytest.raises(CheckpointError, match=r"part0: its 2 pieces cannot be joined in .* \(No space left"):
         load(str(parts[0]))
+
+
+def test_a_file_in_pieces_has_the_options_of_the_whole(state: State, saved: Save) -> None:
+    path = Path(saved(state, "m.pt"))
+    content = path.read_bytes()
+    path.unlink()
+    for number, part in enumerate((content[:1000], content[1000:])):
+        path.with_name(f"m.pt.part{number}").write_bytes(part)
+    path.with_suffix(".json").write_text('{"w": 3.0}')
+    piece = path.with_name("m.pt.part0")
+    assert read_checkpoint(piece).config == {"w": 3.0}
+    path.with_name("m.pt.part01").write_bytes(b"another")
+    with pytest.raises(CheckpointError, match=r"m\.pt\.part01 and m\.pt\.part1 are the same piece"):
+        read_checkpoint(piece)
