@@ -76,7 +76,7 @@ def packaged(lowered: Lowered, vocabulary: int, out: Path, tokenizer: bytes | No
         kind, files["tokenizer.json"] = {"kind": "tokenizers", "file": "tokenizer.json"}, tokenizer
     states = [vars(state) | {"input": state.name, "shape": ["batch", *state.shape]} for state in lowered.states]
     for state in states:
-        del state["name"]
+        del state["name"], state["scales"]
     package(out, files, manifest_of(vocabulary, kind, states=states), force=False)
 
 
