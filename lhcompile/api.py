@@ -25,6 +25,7 @@ from lhcompile.pipeline import Progress
 from lhcompile.pipeline import build as _build
 from lhcompile.recognize import recognize
 from lhcompile.running import Bench, bench, generate
+from lhcompile.verify.decode import check_decode
 from lhcompile.verify.model import Report, StageFidelity
 
 __all__ = [
@@ -189,6 +190,10 @@ def verify_directory(
     cuts = 0
     for target, each in models.items():
         cuts += verify.check_cuts(each, few, _tolerance(manifest, target))
+        pair = graphs[target]
+        if pair.decode is not None:
+            files = path / pair.step.file, path / pair.decode.file
+            check_decode(*files, each, few[: pair.batch], _tolerance(manifest, target))
         each.close()
     if source is None:
         return Verification(len(manifest.files), cuts)

@@ -22,6 +22,7 @@ from lhcompile.artifacts import State
 from lhcompile.package import Manifest, Source, package
 from lhcompile.package.genai import PROVIDERS
 from lhcompile.package.manifest import Graphs
+from lhcompile.verify.decode import check_decode
 from lhcompile.verify.masked import check_masked
 from lhcompile.verify.model import Report, StageFidelity
 from lhcompile.verify.products import check_products
@@ -125,6 +126,7 @@ class _Trial:
         verify.check_session(model, expected)
         if self.compiled.product is self.compiled.onnx:
             self._check_masked(model, expected)
+            self._check_decode(model)
         return self._figures("onnx", model)
 
     def quantized(self) -> list[StageFidelity]:
@@ -141,6 +143,7 @@ class _Trial:
         verify.check_session(model, expected, self._tolerance)
         if compiled.product is compiled.quantized:
             self._check_masked(model, expected)
+            self._check_decode(model)
         return stages + self._figures(precision, model)
 
     def kept(self) -> list[StageFidelity]:
@@ -153,6 +156,7 @@ class _Trial:
         model = Stepped(self._load(compiled.kept, shared=False), rows)
         check_kept(model, RoundedBetween(load, states, rows), states, tokens)
         self._check_masked(model, model.feed(tokens, [tokens.shape[1]]))
+        self._check_decode(model)
         if self.target != compiled.first:
             return []
         self.say("feeding held-out positions one by one")
@@ -173,7 +177,8 @@ class _Trial:
         graphs = quantized.graphs(self.target)
         for graph, time in ((graphs.step, 1), (graphs.prefill, 1 if graphs.step == graphs.prefill else few.shape[1])):
             mine, meant = (self.place / contents.name / graph.file for contents in (quantized, rounded))
-            check_products(mine, meant, self.compiled.states[0], few[:, :time])
+            if not check_products(mine, meant, self.compiled.states[0], few[:, :time]):
+                self.say(f"codes of {graph.file} are not tried by themselves, only to {self._tolerance.relative:g}")
 
     def _check_masked(self, plain: verify.SessionModel, expected: verify.Fed) -> None:
         contents = self.compiled.product
@@ -183,6 +188,13 @@ class _Trial:
         folder = self.place / contents.name
         files = folder / graphs.step.file, folder / graphs.prefill.file
         check_masked(*files, plain, expected, self.compiled.states[1], self._tolerance)
+
+    def _check_decode(self, plain: verify.SessionModel) -> None:
+        contents, rows = self.compiled.product, self.compiled.targets[self.target]
+        graphs = contents.graphs(self.target)
+        if graphs.decode is not None:
+            step, decode = (self.place / contents.name / graph.file for graph in (graphs.step, graphs.decode))
+            check_decode(step, decode, plain, self.compiled.expected.tokens[:rows], self._tolerance)
 
     def _model(self, contents: Contents, shared: bool = True) -> verify.SessionModel:
         return verify.SessionModel(self._load(contents, shared), self.compiled.targets[self.target])

@@ -279,7 +279,8 @@ class _Round(ir.passes.InPlacePass):
         uses = list(self._find(model.graph))
         for use in uses:
             writer = Writer(model, use)
-            writer.read(writer.tensor("table" if use.by_rows else "rounded", self._cabinet.entry(use).value))
+            role = "table" if use.looked_up else "rows" if use.by_rows else "rounded"
+            writer.read(writer.tensor(role, self._cabinet.entry(use).value))
         return ir.passes.PassResult(model, bool(uses))
 
 

@@ -2,8 +2,9 @@
 stored codes, scales and zeros is on trial, and one wrong code in one layer shows.
 
 Kernels that round signals are told not to: com.microsoft MatMulNBits by its attribute, DequantizeLinear before MatMul
-by leaving the graph as it is written, signals of fixed scales by taking them from before they are rounded. Products of
-bytes cannot be told; they read the tensors that the others do.
+by leaving the graph as it is written, signals of fixed scales by taking them from before they are rounded, signals of
+16 bits and of float8 by casting them to float32 instead. Products of bytes cannot be told; they read the tensors that
+the others do.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ __all__ = ["check_products"]
 Array = NDArray[Any]
 FLOAT32 = 1
 """accuracy_level of MatMulNBits."""
-BYTES = {"MatMulInteger", "LinearFp8"}
-PRODUCTS = {"MatMul", "Linear"}
+BYTES = "MatMulInteger"
+FLOAT = onnx.TensorProto.FLOAT
+HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+NARROW = (*HALVES, onnx.TensorProto.FLOAT8E4M3FN)
 SEVERE = 3
 
 
@@ -35,22 +38,26 @@ def check_products(quantized: Path, rounded: Path, states: tuple[State, ...], to
     """Raise ParityError unless a graph means what its rounded weights do, from zero states and from what they become.
 
     quantized, rounded: files of the same graph; tokens: [rows, time], as many as the graphs take a call
-    Returns whether the graph could be tried so.
+    Returns whether the graph could be tried so: False where it has products of bytes.
     """
-    model = onnx.load(quantized, load_external_data=False)
-    if any(node.op_type in BYTES for node in _nodes(model.graph)) or _multiplies_halves(model):
+    model, meant = (onnx.load(path, load_external_data=False) for path in (quantized, rounded))
+    if BYTES in {node.op_type for node in _nodes(model.graph)}:
         return False
-    beside = quantized.with_name(f"{quantized.stem}.exact.onnx")
     for node in _nodes(model.graph):
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = FLOAT32
     _unround(model.graph)
-    onnx.save(model, beside)
+    _round_biases(meant.graph, model.graph)
+    _widen(model)
+    copies = [path.with_name(f"{path.stem}.exact.onnx") for path in (quantized, rounded)]
     try:
-        _compare(_opened(beside, False), _opened(rounded, True), states, tokens)
+        for graph, copy in zip((model, meant), copies, strict=True):
+            onnx.save(graph, copy)
+        _compare(_opened(copies[0], False), _opened(copies[1], True), states, tokens)
     finally:
-        beside.unlink()
+        for copy in copies:
+            copy.unlink(missing_ok=True)
     return True
 
 
@@ -82,7 +89,7 @@ def _opened(path: Path, optimized: bool) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> list[onnx.NodeProto]:
     found = list(graph.node)
     for node in graph.node:
         for attribute in node.attribute:
@@ -99,8 +106,45 @@ def _unround(graph: onnx.GraphProto) -> None:
             node.CopyFrom(whole)
 
 
-def _multiplies_halves(model: onnx.ModelProto) -> bool:
-    """Whether a product reads numbers of 16 bits."""
-    halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    names = {tensor.name for tensor in model.graph.initializer if tensor.data_type in halves}
-    return any(names & set(node.input) for node in model.graph.node if node.op_type in PRODUCTS)
+def _widen(model: onnx.ModelProto) -> None:
+    """Casts to fewer bits are casts to float32, in functions too, and tensors of 16 bits are cast where they are read.
+
+    Codes in float8 are cast by the function that reads them, which then multiplies a signal that it has not rounded.
+    """
+    for part in (model.graph, *model.functions):
+        del part.value_info[:]
+        for node in _nodes(part):
+            for attribute in node.attribute:
+                if node.op_type == "Cast" and attribute.name == "to" and attribute.i in NARROW:
+                    attribute.i = FLOAT
+    halves = [tensor.name for tensor in model.graph.initializer if tensor.data_type in HALVES]
+    _read_through(model.graph, dict.fromkeys(halves, (FLOAT,)))
+
+
+def _round_biases(meant: onnx.GraphProto, quantized: onnx.GraphProto) -> None:
+    """Fused operators read a bias of 16 bits under its name and that of its type; it means what it was rounded to."""
+    own = {tensor.name for tensor in meant.initializer}
+    kinds = {f".{onnx.TensorProto.DataType.Name(kind).lower()}": kind for kind in HALVES}
+    through: dict[str, tuple[int, ...]] = {}
+    for tensor in quantized.initializer:
+        for suffix, kind in kinds.items():
+            if tensor.name.endswith(suffix) and (name := tensor.name.removesuffix(suffix)) in own:
+                through[name] = (kind, FLOAT)
+    _read_through(meant, through)
+
+
+def _read_through(graph: onnx.GraphProto, kinds: dict[str, tuple[int, ...]]) -> None:
+    """Tensors, by name, are read as what they are after casts to these types."""
+    casts, last = [], {}
+    for name, chain in kinds.items():
+        last[name] = name
+        for kind in chain:
+            after = f"{last[name]}.as.{kind}"
+            casts.append(onnx.helper.make_node("Cast", [last[name]], [after], to=kind))
+            last[name] = after
+    for node in _nodes(graph):
+        for place, name in enumerate(node.input):
+            node.input[place] = last.get(name, name)
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from commands import done
 from lhruntime import Session
+
+from lhcompile import verify_directory
+from lhcompile.errors import ParityError
 
 
 @pytest.fixture(scope="module", params=["none", "fp16", "fp8"])
@@ -49,3 +55,20 @@ def test_decoding_is_generating(built: Path) -> None:
     assert found == expected
     for mine, theirs in zip(states, truth.values(), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=2e-3 * max(1.0, np.abs(theirs).max()))
+
+
+def test_a_decode_graph_of_other_logits_is_not_verified(built: Path, tmp_path: Path) -> None:
+    assert verify_directory(built, sequences=2).cuts
+    wrong = Path(shutil.copytree(built, tmp_path / "wrong"))
+    model = onnx.load(wrong / "decode.onnx", load_external_data=False)
+    sample = next(node for node in model.graph.node if node.op_type == "Sample")
+    at = list(model.graph.node).index(sample)
+    model.graph.node.insert(at, onnx.helper.make_node("Neg", [sample.input[0]], ["negated"]))
+    model.graph.node[at + 1].input[0] = "negated"
+    content = model.SerializeToString()
+    (wrong / "decode.onnx").write_bytes(content)
+    manifest = json.loads((wrong / "manifest.json").read_text())
+    manifest["files"]["decode.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (wrong / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ParityError, match="decode: call 1 chose"):
+        verify_directory(wrong, sequences=2)

@@ -5,6 +5,7 @@ A cell is tried as a build tries it: its graphs in a directory, through the runt
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import combinations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 import pytest
 import torch
 from lhruntime import Session
@@ -25,15 +27,21 @@ from lhcompile.config import QuantizeConfig
 from lhcompile.errors import ParityError
 from lhcompile.lower import complete, lower
 from lhcompile.quantize import Plan, keep_states, kept_in, plan_weights, quantize, quantize_poles, state_ranges
+from lhcompile.quantize.weights import LINEAR, SpellGemm, matrices
 from lhcompile.streamify import streamify
 from lhcompile.verify import SessionModel, check_session, check_streamed, fed, quantized_tolerance
 from lhcompile.verify.products import check_products
 from lhcompile.verify.states import RoundedBetween, check_kept
 
 Array = NDArray[Any]
+Key = tuple[Any, ...]
 Change = Callable[[Lowered], Lowered]
 TARGETS = ("portable", "cpu", "cuda", "web", "mcu")
 PRECISIONS = ("fp16", "bf16", "int8", "int4", "int8 static")
+CELLS = [*((target, precision) for target in TARGETS for precision in PRECISIONS), ("cuda", "fp8")]
+MIXED = [(target, "int4 mixed") for target in ("portable", "cpu", "cuda")]
+BYTES = ("cpu", "int8", "prefill")
+"""The graph whose products are made of bytes; it reads the tensors of the step graph, which multiplies none."""
 SKIPPED = {(target, "int8 static"): "refused: fixed scales are for cpu and portable" for target in TARGETS[2:]}
 STATES = [(target, dtype) for target in TARGETS for dtype in ("float16", "int8") if (target, dtype) != ("web", "int8")]
 TIME = 40
@@ -79,11 +87,23 @@ def caught(name: str, gate: Callable[..., None], *arguments: Any) -> None:
 @cache
 def quantized(target: str, precision: str) -> tuple[Lowered, Lowered]:
     """As stored, and what it means."""
-    name, _, static = precision.partition(" ")
+    name, _, kind = precision.partition(" ")
+    static = kind == "static"
     config = QuantizeConfig(quantize=name, activations="static" if static else "dynamic")  # type: ignore[arg-type]
     plan = plan_weights(lowered(target), config, None, tokens(), False) if static else Plan()
+    if kind == "mixed":
+        plan = Plan({first_matrix(lowered(target).prefill): "fp16"})
     result = quantize(lowered(target), config, plan)
     return result.lowered, result.rounded
+
+
+def first_matrix(model: ir.Model) -> Key:
+    """What a plan calls the first of a graph's matrices."""
+    model = model.clone()
+    common.InlinePass(lambda function: function.name == LINEAR)(model)
+    SpellGemm()(model)
+    rows = next(matrices(model.graph)).rows()
+    return (False, hashlib.sha256(np.ascontiguousarray(rows).data).digest(), *rows.shape)
 
 
 def weights_gate(target: str, precision: str, graphs: Lowered, folder: Path) -> None:
@@ -91,7 +111,9 @@ def weights_gate(target: str, precision: str, graphs: Lowered, folder: Path) -> 
     one_row = lowered(target).batch
     for name in ("step", "prefill"):
         time = 1 if name == "step" or lowered(target).prefill is lowered(target).step else TIME
-        check_products(mine / f"{name}.onnx", meant / f"{name}.onnx", program().states, tokens()[:one_row, :time])
+        files = mine / f"{name}.onnx", meant / f"{name}.onnx"
+        tried = check_products(*files, program().states, tokens()[:one_row, :time])
+        assert tried == ((target, precision, name) != BYTES)
     expected = opened(meant, target).feed(tokens(), [TIME])
     check_session(opened(mine, target), expected, quantized_tolerance(target, precision.split()[0]))
 
@@ -119,6 +141,13 @@ def one_nibble(array: Array) -> Array:
     return array
 
 
+def one_code(array: Array) -> Array:
+    """The last bit of the largest number of 8 bits."""
+    array = array.copy()
+    array.view(np.uint8).reshape(-1)[np.abs(array.astype(np.float64)).argmax()] ^= 1
+    return array
+
+
 def moved_zero(array: Array) -> Array:
     """Every code one higher."""
     return array + np.array(1, array.dtype)
@@ -137,6 +166,8 @@ def other_axis(array: Array) -> Array:
 ROLES: dict[str, tuple[Callable[[Array], Array], ...]] = {
     "fp16": (one_number, other_axis),
     "bf16": (one_number, other_axis),
+    "fp8": (one_code, other_axis),
+    "fp8_scales": (one_number,),
     "int8": (one_number, moved_zero, other_axis),
     "entries": (one_number, moved_zero, other_axis),
     "blocks8": (one_number, moved_zero, other_axis),
@@ -187,8 +218,7 @@ def both(graphs: Lowered, edit: Callable[[ir.Model], ir.Model]) -> Lowered:
     return Lowered(step, prefill, graphs.target, graphs.states, graphs.batch, graphs.precision)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "precision"), CELLS + MIXED)
 def test_weights(target: str, precision: str, tmp_path: Path) -> None:
     if (target, precision) in SKIPPED:
         pytest.skip(SKIPPED[target, precision])
@@ -199,6 +229,8 @@ def test_weights(target: str, precision: str, tmp_path: Path) -> None:
         caught(name, weights_gate, target, precision, wrong, tmp_path / name)
         tried += 1
     assert tried >= (2 if precision in ("fp16", "bf16") else 4)
+    roles = {role for role, _ in weights_of(right.step)}
+    assert ("fp16" in roles) == (precision in ("fp16", "fp8", "int4 mixed"))
 
 
 @pytest.mark.parametrize("target", ["portable", "cpu"])
