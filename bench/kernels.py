@@ -43,7 +43,7 @@ _MixerArgs = _structure(
 _LinearArgs = _structure(
     "LinearArgs",
     (_long, "rows width out"),
-    (_int, "signal weight_type bias_type scale_type norm activation"),
+    (_int, "signal weight_type bias_type norm activation"),
     (ctypes.c_float, "epsilon"),
     (_address, "x weight bias residual weight_scale norm_scale norm_bias y"),
 )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-__all__ = ["copy_bandwidth", "describe"]
+__all__ = ["copy_bandwidth", "describe", "write"]
 
 _VERSIONED = ("lhcompile", "torch", "onnx", "onnxruntime", "numpy")
 
@@ -37,6 +39,15 @@ def copy_bandwidth(megabytes: int = 256) -> float:
         np.copyto(target, source)
         times.append(time.perf_counter() - started)
     return 2 * source.nbytes / float(np.median(times))
+
+
+def write(result: dict[str, Any], lines: list[str], path: Path | None) -> None:
+    """Shows the lines of a table, and writes the result to `path` and the lines beside it, as .md, if there is one."""
+    print("\n".join(lines))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.with_suffix(".md").write_text("\n".join(lines))
 
 
 def _processor() -> str:

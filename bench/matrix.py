@@ -29,7 +29,7 @@ import torch
 import yaml
 from lhruntime import Session
 
-from bench.machine import describe
+from bench.machine import describe, write
 from lhcompile.api import build
 from lhcompile.load import load
 from lhcompile.load.lm import LanguageModel
@@ -217,11 +217,7 @@ def main() -> None:
         machine = found["machine"]
         made = f"Made by `{found['command']}` on {machine['processor']}, {machine['cores']} cores."
         lines += [*table(name, found), "", made, ""]
-    print("\n".join(lines))
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        path.with_suffix(".md").write_text("\n".join(lines))
+    write(result, lines, path)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from bench.machine import describe
+from bench.machine import describe, write
 from bench.prefill_fft import COMPETITORS, accuracy, costs, print_peak
 from bench.prefill_graphs import feeds, in_turns, model, operator, poles_of, prefill_of, quantized, session
 from lhcompile.artifacts import Program
@@ -148,11 +148,7 @@ def main() -> None:
     machine = result["machine"]
     lines = ["# Prefill\n", *(__doc__ or "").strip().splitlines()[6:], "", *tables(result)]
     lines += ["", f"Made by `{result['command']}` on {machine['processor']}, {machine['cores']} cores.", ""]
-    print("\n".join(lines))
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        path.with_suffix(".md").write_text("\n".join(lines))
+    write(result, lines, path)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from lhcompile.lower.functions import (
 )
 from lhcompile.ssm import swap
 
-__all__ = ["Call", "Linear", "Mixer", "Sample", "error", "run"]
+__all__ = ["FORMS", "Call", "Linear", "Mixer", "Sample", "error", "run"]
 
 Type = ir.DataType
 TORCH = {
@@ -281,6 +281,18 @@ class Linear:
         if self.activation != "none":
             y = torch.nn.functional.gelu(y, approximate="tanh" if self.activation == "gelu_tanh" else "none")
         return [y if residual is None else y + residual]
+
+
+FORMS = {
+    "plain": Linear(),
+    "no bias": Linear(bias=False),
+    "layer": Linear(norm="layer", norm_bias=True),
+    "layer without bias": Linear(norm="layer", activation="gelu", epsilon=1e-2),
+    "rms": Linear(norm="rms", activation="gelu_tanh", bias=False),
+    "rms with bias": Linear(norm="rms", norm_bias=True, residual=True),
+    "everything": Linear(norm="layer", norm_bias=True, activation="gelu", residual=True),
+}
+"""Linears of every form, small."""
 
 
 @dataclass(frozen=True)

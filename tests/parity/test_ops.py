@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from operators import Call, Linear, Mixer, Sample, error, run
+from operators import FORMS, Call, Linear, Mixer, Sample, error, run
 
 FLOAT, HALF, BRAIN = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 BUILT = Path(__file__).parents[2] / "build" / "ops" / "liblhcompile_ops.so"
@@ -85,14 +85,7 @@ def test_mixer(library: Path, name: str, tokens: int | None) -> None:
             assert error(ours, theirs) <= 2 * budget
 
 
-LINEARS = {
-    "plain": Linear(),
-    "no bias": Linear(bias=False),
-    "layer": Linear(norm="layer", norm_bias=True),
-    "layer without bias": Linear(norm="layer", activation="gelu", epsilon=1e-2),
-    "rms": Linear(norm="rms", activation="gelu_tanh", bias=False),
-    "rms with bias": Linear(norm="rms", norm_bias=True, residual=True),
-    "everything": Linear(norm="layer", norm_bias=True, activation="gelu", residual=True),
+LINEARS = FORMS | {
     "activation and residual": Linear(activation="gelu_tanh", residual=True, bias=False),
     "odd sizes": Linear(width=37, out=13, norm="layer", residual=True),
     "many rows": Linear(batch=7, time=9, width=256, out=200, norm="rms", activation="gelu", residual=True),

@@ -7,7 +7,7 @@
 namespace lhcompile {
 
 // Element types, by the numbers ONNX gives them.
-enum class Type : int32_t { none = 0, f32 = 1, u8 = 2, i32 = 6, i64 = 7, f16 = 10, bf16 = 16, e4m3 = 17 };
+enum class Type : int32_t { none = 0, f32 = 1, i32 = 6, i64 = 7, f16 = 10, bf16 = 16, e4m3 = 17 };
 
 inline int64_t size_of(Type type) {
   switch (type) {
@@ -42,8 +42,8 @@ struct MixerArgs {
 struct LinearArgs {
   int64_t rows, width, out;
   Type signal;       // of x, residual and y
-  Type weight_type;  // that of the signal; e4m3 with weight_scale [out]; u8 (two 4-bit numbers) with [out, width / 32]
-  Type bias_type, scale_type;
+  Type weight_type;  // that of the signal, or e4m3 with weight_scale [out]
+  Type bias_type;
   Norm norm;
   Activation activation;
   float epsilon;

@@ -195,8 +195,7 @@ struct LinearKernel {
     args.rows = 1;
     for (size_t axis = 0; axis + 1 < x.shape.size(); axis++) args.rows *= x.shape[axis];
     args.signal = x.type, args.weight_type = weight.type;
-    const int64_t packed = weight.type == Type::u8 ? 2 : 1;
-    require(weight.shape.size() == 2 && weight.shape[1] * packed == args.width,
+    require(weight.shape.size() == 2 && weight.shape[1] == args.width,
             "weight is " + text(weight.shape) + " for x of width " + std::to_string(args.width));
     args.out = weight.shape[0];
     Shape shape = x.shape;
@@ -210,9 +209,8 @@ struct LinearKernel {
     require((norm == Norm::none) == (args.norm_scale == nullptr), "norm_scale and norm go together");
     if (context.GetInputCount() > 6) {
       Input scale(context.GetInput(6));
-      const Shape expected = packed == 2 ? Shape{args.out, args.width / 32} : Shape{args.out};
-      require(!scale || scale.shape == expected, "weight_scale is " + text(scale.shape));
-      args.weight_scale = scale.data, args.scale_type = scale.type;
+      require(!scale || scale.shape == Shape{args.out}, "weight_scale is " + text(scale.shape));
+      args.weight_scale = scale.data;
     }
     args.x = x.data, args.weight = weight.data;
     args.y = context.GetOutput(0, shape).GetTensorMutableRawData();
@@ -329,8 +327,8 @@ struct Registry {
         for (Type state : kSignals)
           mixers.emplace_back("HyenaMixer", device, std::vector<Type>{signal, conv, state, f, f, f, f, f, f, Type::i32},
                               0b0110101111, std::vector<Type>{signal, conv, state});
-      for (Type bias : {f, signal})
-        if (bias == signal || signal != f) add_linears(device, signal, bias);
+      add_linears(device, signal, signal);
+      if (signal != f) add_linears(device, signal, f);
       samples.emplace_back("Sample", device, std::vector<Type>{signal, f, f, Type::i64, f}, 0b11111,
                            std::vector<Type>{Type::i64});
     }

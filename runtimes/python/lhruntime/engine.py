@@ -32,7 +32,7 @@ from lhruntime.errors import ArgumentError, BusyError, EngineError
 from lhruntime.handles import Handle
 from lhruntime.inputs import as_ids, as_sequence, check_count
 from lhruntime.loops import DeviceLoop, Loop, StepLoop, check_neighbours
-from lhruntime.manifest import Manifest, check_files, read_manifest
+from lhruntime.manifest import Manifest
 from lhruntime.model import LoadedModel, Provider, load_model
 from lhruntime.sampling import Sampler, row_generators
 from lhruntime.slots import Prompts
@@ -118,25 +118,24 @@ class Engine:
         slots, chunk, ahead = check_count("slots", slots), check_count("chunk", chunk), check_count("ahead", ahead)
         if queue is not None:
             check_count("queue", queue, 0)
-        manifest = read_manifest(directory)
-        if manifest.vocab_size is None:
-            raise ArgumentError("this model maps features to values: there are no tokens to generate")
-        if verify:
-            check_files(manifest)
         model = load_model(
-            manifest,
+            directory,
             target=target,
             batch=slots,
             providers=providers,
             threads=threads,
+            verify=verify,
             operators=operators,
             choose=True,
             cuda_graph=cuda_graph,
         )
+        vocabulary = model.manifest.vocab_size
+        if vocabulary is None:
+            raise ArgumentError("this model maps features to values: there are no tokens to generate")
         if not model.chooses and ahead > 1:
             raise ArgumentError(f"ahead is {ahead}, but the directory has no graph that chooses tokens: expected 1")
         loop: Loop = DeviceLoop(model, slots, ahead) if model.chooses else StepLoop(model, slots)
-        check_neighbours(loop, slots, manifest.vocab_size)
+        check_neighbours(loop, slots, vocabulary)
         return cls(model, loop, slots, chunk, queue)
 
     @property

@@ -24,7 +24,6 @@ import onnxruntime as ort
 
 from lhruntime.errors import ArgumentError
 from lhruntime.inputs import check_count
-from lhruntime.manifest import check_files, read_manifest
 from lhruntime.model import SETTINGS, TOKENS, LoadedModel, Provider, load_model
 from lhruntime.sampling import Sampler
 from lhruntime.slots import Slots
@@ -152,15 +151,13 @@ class DeviceLoop:
         Raises what Session.load raises, and ArgumentError if the directory has no graph that chooses.
         """
         batch = check_count("batch", batch)
-        manifest = read_manifest(directory)
-        if verify:
-            check_files(manifest)
         model = load_model(
-            manifest,
+            directory,
             target=target,
             batch=batch,
             providers=providers,
             threads=threads,
+            verify=verify,
             operators=operators,
             choose=True,
             cuda_graph=cuda_graph,

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from lhruntime.errors import ArgumentError, FormatError
-from lhruntime.manifest import GraphPair, GraphSpec, Manifest, StateSpec, WeightSpec
+from lhruntime.manifest import GraphPair, GraphSpec, Manifest, StateSpec, WeightSpec, check_files, read_manifest
 
 __all__ = ["SETTINGS", "TOKENS", "LoadedModel", "load_model", "register_operators"]
 
@@ -71,26 +71,30 @@ class LoadedModel:
 
 
 def load_model(
-    manifest: Manifest,
+    directory: str | os.PathLike[str],
     *,
     target: str | None,
     batch: int,
     providers: Sequence[Provider] | None,
     threads: int | None,
+    verify: bool,
     share_weights: bool = False,
     operators: str | os.PathLike[str] | None = None,
     choose: bool = False,
     cuda_graph: bool = False,
 ) -> LoadedModel:
-    """Open both graphs and compare them with the manifest.
+    """Open both graphs of a built directory and compare them with its manifest.
 
-    target, share_weights, operators: see Session.load
+    target, verify, share_weights, operators: see Session.load
     choose:     open the graph `decode` in place of the step, where there is one
     cuda_graph: capture the calls of that graph on CUDA
 
-    Raises FormatError if a graph cannot be loaded or contradicts the manifest, ArgumentError for a
+    Raises FormatError if the directory is incomplete, altered or contradicts its manifest, ArgumentError for a
     provider, library or thread count that cannot be had.
     """
+    manifest = read_manifest(directory)
+    if verify:
+        check_files(manifest)
     chosen = _check_providers(providers)
     if share_weights and chosen != ["CPUExecutionProvider"]:
         raise ArgumentError("share_weights is for the CPU: a device needs weights of its own")

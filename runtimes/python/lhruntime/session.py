@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from lhruntime.errors import ArgumentError, SnapshotError
 from lhruntime.inputs import as_ids, as_sequence, as_single, check_count
-from lhruntime.manifest import Manifest, check_files, read_manifest
+from lhruntime.manifest import Manifest
 from lhruntime.model import LoadedModel, Provider, load_model
 from lhruntime.runner import Runner
 from lhruntime.sampling import Sampler, row_generators
@@ -72,15 +72,13 @@ class Session:
         ArgumentError for an option that cannot be had.
         """
         batch = check_count("batch", batch)
-        manifest = read_manifest(directory)
-        if verify:
-            check_files(manifest)
         model = load_model(
-            manifest,
+            directory,
             target=target,
             batch=batch,
             providers=providers,
             threads=threads,
+            verify=verify,
             share_weights=share_weights,
             operators=operators,
         )

@@ -17,7 +17,6 @@ import onnx
 import pytest
 from lhruntime import ArgumentError, BusyError, Engine, EngineError, FormatError, Handle, Session
 from lhruntime.loops import DeviceLoop, StepLoop
-from lhruntime.manifest import read_manifest
 from lhruntime.model import load_model
 from lhruntime.sampling import Sampler
 from lhruntime.slots import Prompts
@@ -130,7 +129,7 @@ def rows(loop: StepLoop, own: Array, row: int, others: Array) -> bytes:
 
 
 def test_a_row_is_the_same_bits_whatever_the_others_are_and_wherever_it_stands(built: Path) -> None:
-    model = load_model(read_manifest(built), target=None, batch=5, providers=None, threads=1)
+    model = load_model(built, target=None, batch=5, providers=None, threads=1, verify=True)
     draw = np.random.default_rng(3)
     own = draw.integers(0, 256, 30)
     found = {rows(StepLoop(model, 5), own, row, draw.integers(0, 256, (30, 5))) for row in (0, 1, 4) for _ in range(3)}
@@ -223,7 +222,7 @@ def test_chunks_do_not_depend_on_what_runs_beside(built: Path, session: Session)
 
 
 def test_no_chunk_is_written_over_the_states_it_reads(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_model(read_manifest(built), target=None, batch=2, providers=None, threads=1)
+    model = load_model(built, target=None, batch=2, providers=None, threads=1, verify=True)
     slots, calls, consume = StepLoop(model, 2).slots, [], Prompts._consume
 
     def record(prompts: Prompts, tokens: Array, old: list[Any], new: list[Any]) -> None:

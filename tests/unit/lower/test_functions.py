@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from operators import Linear, Mixer, Sample, error, run
+from operators import FORMS, Linear, Mixer, Sample, error, run
 
 from lhcompile.lower.functions import mixer_function
 
@@ -40,14 +40,7 @@ def test_mixer(name: str, time: int | None) -> None:
         assert wanted.numel() == 0 or error(given, wanted) < max(ROUNDED[mixer.signal], ROUNDED[mixer.recurrent_state])
 
 
-LINEARS = {
-    "plain": Linear(),
-    "no bias": Linear(bias=False),
-    "layer": Linear(norm="layer", norm_bias=True),
-    "layer without bias": Linear(norm="layer", activation="gelu", epsilon=1e-2),
-    "rms": Linear(norm="rms", activation="gelu_tanh", bias=False),
-    "rms with bias": Linear(norm="rms", norm_bias=True, residual=True),
-    "everything": Linear(norm="layer", norm_bias=True, activation="gelu", residual=True),
+LINEARS = FORMS | {
     "float bias": Linear(signal=HALF, bias_type=FLOAT, residual=True),
 }
 
