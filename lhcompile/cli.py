@@ -7,16 +7,28 @@ import io
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from lhcompile.errors import ConfigError, LhcompileError
+from lhcompile.screen import (
+    Screen,
+    costs,
+    err,
+    escaped,
+    figures,
+    in_units,
+    out,
+    print_distilled,
+    print_inspection,
+    print_manifest,
+    print_rows,
+    sizes,
+)
 
 __all__ = ["app", "main"]
 
@@ -25,12 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compile trained long-convolution models into stateful ONNX graphs that run token by token.",
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 UsageError: Any = typer.BadParameter.__base__  # click's own, or that of the copy of click inside typer
 INTERRUPTED = 130
-FEW = 16
-"""Filters that `distill` prints one by one."""
 
 Model = Annotated[
     str,
@@ -70,14 +78,8 @@ def _usage(error: Any) -> str:
 
 def _fail(message: str, code: int) -> NoReturn:
     err.show_cursor()
-    err.print(f"[bold red]error:[/] {_escaped(' '.join(message.split()))}", soft_wrap=True)
+    err.print(f"[bold red]error:[/] {escaped(' '.join(message.split()))}", soft_wrap=True)
     raise SystemExit(code)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 # ---- options made from configs -------------------------------------------------------------------------------------
@@ -130,11 +132,11 @@ def _option(name: str, field: Any) -> python_inspect.Parameter:
 def build(model: Model, **options: Any) -> None:
     """Compile MODEL into a directory that onnxruntime runs token by token."""
     command = shlex.join(["lhcompile", *sys.argv[1:]])
-    with _Screen() as progress:
+    with Screen() as progress:
         from lhcompile import api
 
         report = api.build(model, progress, command, **options)
-    rows = _figures(report.stages, "held-out ", "reference")
+    rows = figures(report.stages, "held-out ", "reference")
     if report.model.features is not None:
         rows.append(("calibration", str(report.calibration)))
     if report.order_mean is not None:
@@ -144,17 +146,17 @@ def build(model: Model, **options: Any) -> None:
         rows.append(
             ("healing", f"{report.healing.before:.5f} → {report.healing.after:.5f} on tokens kept aside: {kept}")
         )
-    rows.append(("state", f"{_bytes(report.state_bytes)} per sequence"))
+    rows.append(("state", f"{in_units(report.state_bytes)} per sequence"))
     if report.graph is not None and report.graph.nodes_per_layer is not None:
         rows.append(("step graph", f"{report.graph.step_nodes} nodes, {report.graph.nodes_per_layer:.1f} per layer"))
     for weights in report.weights:
-        rows.append((weights.name, f"{report.quantize}: {_bytes(weights.before)} → {_bytes(weights.after)}"))
-    rows += _rounding(report)
-    rows.append(("files", _sizes(report.files)))
+        rows.append((weights.name, f"{report.quantize}: {in_units(weights.before)} → {in_units(weights.after)}"))
+    rows += costs(report)
+    rows.append(("files", sizes(report.files)))
     rows.append(("written to", f"{options['output']}  (report: {options['output'] / 'report.html'})"))
-    _print_rows(rows)
+    print_rows(rows)
     for note in report.notes:
-        err.print(f"[yellow]note:[/] {_escaped(note)}", soft_wrap=True)
+        err.print(f"[yellow]note:[/] {escaped(note)}", soft_wrap=True)
     rounding = report.rounding
     if rounding is not None and (rounding.measured or 0.0) > rounding.requested:
         err.print(
@@ -188,9 +190,9 @@ def inspect(
 
         found = api.inspect(model, **options)
     if isinstance(found, api.Inspection):
-        out.print_json(data=asdict(found)) if json else _print_inspection(found)
+        out.print_json(data=asdict(found)) if json else print_inspection(found)
     else:
-        out.print_json(found.to_json()) if json else _print_manifest(found)
+        out.print_json(found.to_json()) if json else print_manifest(found)
 
 
 @app.command()
@@ -208,15 +210,15 @@ def verify(
         from lhcompile import api
 
         result = api.verify_directory(
-            directory, against, calibration, tokenizer, sequences, lambda text: status.update(_escaped(text)), **options
+            directory, against, calibration, tokenizer, sequences, lambda text: status.update(escaped(text)), **options
         )
     rows = [
         ("files", f"{result.files} checksums match"),
         ("cuts", f"{result.cuts} ways of feeding a sequence agree, outputs and states"),
     ]
     if result.stages:
-        rows += _figures(result.stages, "random " if calibration is None else "", "source")
-    _print_rows(rows)
+        rows += figures(result.stages, "random " if calibration is None else "", "source")
+    print_rows(rows)
 
 
 @app.command()
@@ -261,7 +263,7 @@ def distill(
         out.print_json(data=asdict(found))
         return
     note = [("note", f"shape {list(array.shape)} is taken as {found.filters} filters")] if array.ndim > 2 else []
-    _print_distilled(found, *note, *([] if output is None else [("written to", str(output))]))
+    print_distilled(found, *note, *([] if output is None else [("written to", str(output))]))
 
 
 @app.command()
@@ -306,165 +308,12 @@ def bench(
     if json:
         out.print_json(data=asdict(result))
         return
-    _print_rows(
+    print_rows(
         [
             ("step", f"{result.step_ms:.3f} ms median, {result.step_ms_p90:.3f} ms 90th percentile"),
             ("decode", f"{result.tokens_per_second:,.0f} tokens/s at batch {batch}"),
             ("prefill", f"{result.prefill_tokens_per_second:,.0f} tokens/s ({result.prefill_tokens} tokens at once)"),
-            ("state", f"{_bytes(result.state_bytes)} per sequence"),
-            ("files", _sizes(result.file_bytes)),
+            ("state", f"{in_units(result.state_bytes)} per sequence"),
+            ("files", sizes(result.file_bytes)),
         ]
     )
-
-
-# ---- what the screen shows -----------------------------------------------------------------------------------------
-
-
-class _Screen:
-    """A line per finished stage with its time, a spinner and the latest remark for the running one."""
-
-    def __enter__(self) -> Any:
-        self._status = err.status("starting")
-        self._status.start()
-        from lhcompile.pipeline import Progress
-
-        self._progress = Progress(self._on_stage, self._on_remark)
-        self._current: str | None = None
-        return self._progress
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._status.stop()
-        if kind is None:
-            self._finished()
-
-    def _on_stage(self, name: str) -> None:
-        self._finished()
-        self._current = name
-        self._status.update(name)
-
-    def _on_remark(self, text: str) -> None:
-        self._status.update(f"{self._current}: {_escaped(text)}")
-
-    def _finished(self) -> None:
-        if self._current is not None:
-            seconds = self._progress.timings.get(self._current, 0.0)
-            err.print(f"[green]✓[/] {self._current:<10} {seconds:6.1f} s", highlight=False)
-
-
-def _rounding(report: Any) -> list[tuple[str, str]]:
-    """What each step that rounds numbers cost, and which weights got more bits."""
-    rows = []
-    if report.poles_coded is not None:
-        sizes = f"{_bytes(report.poles_coded.before)} → {_bytes(report.poles_coded.after)} as codes"
-        rows.append(("poles", f"{report.pole_bits} bits: {sizes}; graphs hold their values"))
-    if report.rounding is not None:
-        rows.append(("weights", ", ".join(f"{count} in {name}" for name, count in report.rounding.counts.items())))
-    if report.fixed_signals is not None:
-        fixed, every = report.fixed_signals
-        rows.append(("signals", f"{fixed} of {every} rounded by fixed scales, the others by what each token holds"))
-    for each in report.passes:
-        if each.rise is None:
-            cost = f"error {each.error_before:.2e} → {each.error_after:.2e}"
-        else:
-            cost = f"loss {each.loss_before:.5f} → {each.loss_after:.5f}  ({each.rise:+.3%})"
-        rows.append((f"cost, {each.after}", cost))
-    return rows
-
-
-def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Name and text, one a line; long lines are the terminal's to wrap, so that paths can be copied."""
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        out.print(f"{name:<{width}}  {text}", soft_wrap=True, markup=False)
-
-
-def _print_inspection(found: Any) -> None:
-    channels = f"{found.features} → {found.channels} channels"
-    signal = channels if found.features is not None else f"vocabulary {found.vocab_size}"
-    sizes = f"{found.parameters:,} parameters, {signal}, context {found.context_length}"
-    exact = f"{_bytes(sum(x.exact_bytes for x in found.layers))} of state per sequence if built --exact"
-    notes = [("note", note) for note in found.notes]
-    _print_rows([("model", f"{found.family}, {sizes}"), ("memory", exact), *notes])
-    table = _table("module", "kind", "filters", "channels", "taps", "state")
-    for x in found.layers:
-        numbers = [str(n) for n in (x.filters, x.channels, x.taps)]
-        table.add_row(x.module, x.kind.removesuffix(" convolution"), *numbers, _bytes(x.exact_bytes))
-    out.print(table)
-
-
-def _print_distilled(found: Any, *remarks: tuple[str, str]) -> None:
-    _print_rows([*found.rows, *remarks])
-    if found.filters <= FEW:
-        table = _table("filter", "order", "error", "bound", "error / bound", "radius")
-        for index, x in enumerate(found.each):
-            table.add_row(str(index), *x.cells)
-        out.print(table)
-
-
-def _print_manifest(found: Any) -> None:
-    model, graphs = found.model, {name: entry.bytes for name, entry in found.files.items()}
-    targets = ", ".join([found.target, *(found.variants or {})])
-    rows = [
-        ("model", f"{model.family}, {model.parameters:,} parameters, context {model.context_length}"),
-        ("target", f"{targets}, built by lhcompile {found.lhcompile_version}"),
-        *([("weights", found.quantize)] if found.quantize not in (None, "none") else []),
-        ("states", str(len(found.states))),
-        ("files", f"{_sizes(graphs)}; checksums match"),
-    ]
-    if hasattr(found.fidelity, "loss_compiled"):
-        loss = f"{found.fidelity.loss_compiled:.5f} nats per token, of the source {found.fidelity.loss_reference:.5f}"
-        rows.insert(2, ("loss", f"{loss}, {found.fidelity.tokens} held-out tokens"))
-    elif hasattr(found.fidelity, "relative_error"):
-        error = f"{found.fidelity.relative_error:.2e} of the outputs' size"
-        rows.insert(2, ("error", f"{error}, {found.fidelity.positions} held-out positions"))
-    _print_rows(rows)
-    if found.distillation:
-        table = _table("module", "method", "filters", "mean order", "tap error")
-        for x in found.distillation:
-            table.add_row(x.module, x.method, str(x.filters), f"{x.order_mean:.2f}", f"{x.tap_error:.3g}")
-        out.print(table)
-
-
-def _table(first: str, second: str, *numbers: str) -> Table:
-    """A table whose first two columns are text; long module paths are folded, not cut."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
-    table.add_column(first, overflow="fold")
-    table.add_column(second)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _sizes(files: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {_bytes(size)}" for name, size in files.items())
-
-
-def _figures(stages: Sequence[Any], kind: str, source: str) -> list[tuple[str, str]]:
-    """Rows that compare the last stage with the first, on tokens or positions of this kind."""
-    first, last = stages[0], stages[-1]
-    if last.relative_error is not None:
-        error = f"{last.relative_error:.2e} of the outputs' size, worst |Δ| {last.max_difference:.3g}"
-        return [("error", f"{error}, {last.tokens} {kind}positions")]
-    return [
-        (f"loss, {source}", f"{first.loss:.5f} nats per token, {first.tokens} {kind}tokens"),
-        ("loss, compiled", f"{last.loss:.5f}{_rise(first, last)}"),
-        ("agreement", _agreement(last)),
-    ]
-
-
-def _rise(first: Any, last: Any) -> str:
-    """By how much the loss is above the reference's, relative to it."""
-    return f"  ({round((last.loss - first.loss) / first.loss, 5) + 0.0:+.3%})" if first.loss else ""  # + 0.0: never -0
-
-
-def _agreement(stage: Any) -> str:
-    agreement = f"KL {stage.kl_mean:.2e} nats, top-1 {stage.top1_agreement:.2%}"
-    return f"{agreement}, worst |Δlogit| {stage.max_difference:.3g}"
-
-
-def _bytes(count: int) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000  # type: ignore[assignment]
-    return f"{count:.4g} GB"
