@@ -57,9 +57,10 @@ ROWS = 3
 
 
 def assert_close(value: Tensor, reference: Tensor, tolerance: Tolerance, what: str) -> None:
-    """Raise ParityError when |value − reference| exceeds the tolerance times the reference's RMS, or is NaN.
+    """Raise ParityError when |value − reference| exceeds the tolerance times the reference's RMS, or is not finite.
 
-    Its maximum, or where the tolerance is one on average its root mean square. Whole numbers must be the same.
+    Its maximum, or where the tolerance is one on average its root mean square. Where it is one of each number, a number
+    larger than the RMS may differ by that share of itself. Whole numbers must be the same.
     """
     if value.shape != reference.shape:
         raise ParityError(f"{tolerance.name}: {what} has shape {list(value.shape)}, not {list(reference.shape)}")
@@ -69,12 +70,21 @@ def assert_close(value: Tensor, reference: Tensor, tolerance: Tolerance, what: s
     scale = float(reference.double().square().mean().sqrt())
     error = value.double() - reference.double()
     worst = float(error.square().mean().sqrt() if tolerance.on_average else error.abs().max())
-    if not worst <= share * scale:
-        average = " on average" * tolerance.on_average
-        raise ParityError(
-            f"{tolerance.name}: {what} differs by {worst:.3g}{average} where {share * scale:.3g} is allowed "
-            f"({share:g} of its RMS: {tolerance.reason})"
-        )
+    if worst <= share * scale < math.inf:
+        return
+    size = f"{share:g} of its RMS"
+    if tolerance.of_each and math.isfinite(scale):
+        sizes = reference.double().abs().clamp(min=scale)
+        if (error.abs() <= share * sizes).all():
+            return
+        at = (error.abs() / sizes).argmax()
+        worst, scale = float(error.abs().flatten()[at]), float(sizes.flatten()[at])
+        size = f"{share:g} of its RMS or of the number itself, whichever is larger"
+    average = " on average" * tolerance.on_average
+    raise ParityError(
+        f"{tolerance.name}: {what} differs by {worst:.3g}{average} where {share * scale:.3g} is allowed "
+        f"({size}: {tolerance.reason})"
+    )
 
 
 @torch.no_grad()

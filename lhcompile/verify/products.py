@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lhcompile.artifacts import State
 from lhcompile.verify import assert_close
-from lhcompile.verify.budgets import CODES
+from lhcompile.verify.budgets import Tolerance, codes_tolerance
 
 __all__ = ["check_products"]
 
@@ -54,7 +54,8 @@ def check_products(quantized: Path, rounded: Path, states: tuple[State, ...], to
     try:
         for graph, copy in zip((model, meant), copies, strict=True):
             onnx.save(graph, copy)
-        _compare(_opened(copies[0], False), _opened(copies[1], True), states, tokens)
+        tolerance = codes_tolerance(_terms(meant.graph))
+        _compare(_opened(copies[0], False), _opened(copies[1], True), states, tokens, tolerance)
     finally:
         for copy in copies:
             copy.unlink(missing_ok=True)
@@ -66,6 +67,7 @@ def _compare(
     meant: onnxruntime.InferenceSession,
     states: tuple[State, ...],
     tokens: torch.Tensor,
+    tolerance: Tolerance,
 ) -> None:
     names = [value.name for value in mine.get_inputs()]
     outputs = [value.name for value in mine.get_outputs()]
@@ -77,7 +79,7 @@ def _compare(
         feeds = dict(zip(names, [tokens.numpy(), *memory], strict=True))
         found, expected = mine.run(None, feeds), meant.run(None, feeds)
         for name, one, other in zip(outputs, found, expected, strict=True):
-            assert_close(torch.from_numpy(one), torch.from_numpy(other), CODES, f"{name} of {call} call")
+            assert_close(torch.from_numpy(one), torch.from_numpy(other), tolerance, f"{name} of {call} call")
         memory = [np.asarray(value) for value in expected[1:]]
 
 
@@ -97,6 +99,14 @@ def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> list[onnx.NodeProto]:
     return found
 
 
+def _terms(graph: onnx.GraphProto) -> int:
+    """Terms of a sum in each product with a weight, added up over the graph."""
+    shapes = {tensor.name: tensor.dims for tensor in graph.initializer}
+    axes = {"MatMul": -2, "Gemm": -1, "Linear": -1}
+    products = [node for node in _nodes(graph) if node.op_type in axes and node.input[1] in shapes]
+    return sum(shapes[node.input[1]][axes[node.op_type]] for node in products)
+
+
 def _unround(graph: onnx.GraphProto) -> None:
     """DequantizeLinear(QuantizeLinear(x, …), …) → Identity(x)"""
     rounded = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
@@ -109,7 +119,8 @@ def _unround(graph: onnx.GraphProto) -> None:
 def _widen(model: onnx.ModelProto) -> None:
     """Casts to fewer bits are casts to float32, in functions too, and tensors of 16 bits are cast where they are read.
 
-    Codes in float8 are cast by the function that reads them, which then multiplies a signal that it has not rounded.
+    Codes in float8 and in 4 bits are cast by the function that reads them, which then rounds neither the signal nor the
+    weight that it multiplies.
     """
     for part in (model.graph, *model.functions):
         del part.value_info[:]
