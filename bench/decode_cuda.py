@@ -30,6 +30,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from bench.decode_model import SHAPES, Shape, build, tiny
+from bench.decode_model import SHAPES, Shape, build, checkpoint, tiny
 from bench.decode_timing import Rates, captured, clear, is_full, measure_rates, seconds, used
 from bench.decode_torch import Attention, Convolution, Decoder, Mixer, Recurrence, Weights
 from bench.machine import describe
@@ -153,17 +154,17 @@ class Bench:
             with noted("the convolution's kernels"):
                 check_kernels(self.device)
         makers: list[tuple[str, Callable[..., Mixer], int]] = [("transformer", Attention, 2), ("hyena", Convolution, 1)]
+        if "loop" in self.options.systems:
+            for name in ("loop", "loop, eager"):
+                batches = [batch for batch in self.batches if name == "loop" or batch <= EAGER]
+                with noted(name):
+                    self._peer_sweep(name, self._recurrence, weights, 0, batches, save)
         for context in self.contexts:
             for name, make, each in makers:
                 if name in self.options.systems:
                     batches = fitting(self.batches, each * context * row + logits)
                     with noted(f"{name}, context {context}"):
                         self._peer_sweep(name, make, weights, context, batches, save)
-        if "loop" in self.options.systems:
-            for name in ("loop", "loop, eager"):
-                batches = [batch for batch in self.batches if name == "loop" or batch <= EAGER]
-                with noted(name):
-                    self._peer_sweep(name, self._recurrence, weights, 0, batches, save)
 
     def _peer_sweep(
         self, name: str, make: Callable[..., Mixer], weights: Weights, context: int, batches: list[int],
@@ -210,7 +211,7 @@ class Bench:
                 loop.step()
             row["used_bytes"] = used()[0]
             row["seconds"] = seconds(loop.step)
-            return row | self.floors(batch, opened.read, loop.traffic, 0, SPEED.get(precision, 1.0))
+            return row | self.floors(batch, opened.read, loop.traffic, 0, SPEED.get(precision.partition(':')[0], 1.0))
 
         return sweep(measure, list(self.batches), save)
 
@@ -271,14 +272,18 @@ def shape_figures(shape: Shape, options: argparse.Namespace, save: Callable[[Row
     found: Row = {"shape": vars(small) | {"parameters": small.parameters}, "builds": {}, "systems": {}}
     directories = {}
     if "ours" in options.systems:
-        for precision in options.precisions:
-            print(f"{shape.name}: building in {precision}", flush=True)
+        context = 64 if options.tiny else options.trained
+        checkpoint(small, options.work / small.name, context)
+        make = partial(
+            build, small, options.work, target=options.target, order=options.order, context=context,
+            more=tuple(options.build.split()),
+        )  # fmt: skip
+        with ThreadPoolExecutor(options.builds) as pool:
+            building = {each: pool.submit(make, precision=each) for each in options.precisions}
+        for precision, result in building.items():
             with _noted(found, f"the build in {precision}"):
-                directories[precision], found["builds"][precision] = build(
-                    small, options.work, target=options.target, precision=precision, order=options.order,
-                    context=64 if options.tiny else options.trained, more=tuple(options.build.split()),
-                )  # fmt: skip
-                print(f"  {found['builds'][precision]['seconds']:.0f} s", flush=True)
+                directories[precision], found["builds"][precision] = result.result()
+                print(f"{shape.name}, {precision}: {found['builds'][precision]['seconds']:.0f} s", flush=True)
     if options.build_only:
         return bool(found.get("errors"))
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -339,7 +344,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["1.3B"])
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
     parser.add_argument("--systems", nargs="+", choices=("ours", "transformer", "hyena", "loop"), default=None)
-    parser.add_argument("--precisions", nargs="+", default=["fp16"], help="of the builds, as --quantize names them")
+    parser.add_argument("--precisions", nargs="+", default=["fp16"], help="of builds: fp16, fp8:float16 (states)")
+    parser.add_argument("--builds", type=int, default=1, help="builds at a time")
     parser.add_argument("--order", type=int, default=4, help="real states of a filter")
     parser.add_argument("--trained", type=int, default=2048, help="length of the checkpoint's filters")
     parser.add_argument("--target", default="cuda")

@@ -72,15 +72,17 @@ def build(
 ) -> tuple[Path, dict[str, Any]]:
     """The directory of a shape and precision, built by the command line unless it is there, and how that went.
 
-    A directory built by another command or by other sources is replaced.
+    precision: as `--quantize` names it, behind a colon the type of states if not their own: fp8:float16. A directory
+    built by another command or by other sources is replaced.
     Raises RuntimeError with the build's last lines if it fails.
     """
     place = folder / shape.name
     model = checkpoint(shape, place, context)
-    out = place / f"{target}-{precision}-{order}"
+    weights, _, states = precision.partition(":")
+    out = place / f"{target}-{precision.replace(':', '-')}-{order}"
     arguments = [
-        "build", *model, "-o", str(out), "--target", target, "--quantize", precision, "--order", str(order),
-        "--method", "hankel", "--sequences", "2", *more, "--force",
+        "build", *model, "-o", str(out), "--target", target, "--quantize", weights, "--order", str(order),
+        *(["--state", states] if states else []), "--method", "hankel", "--sequences", "2", *more, "--force",
     ]  # fmt: skip
     shown = "lhcompile " + " ".join(arguments).replace(f"{place}/", "")
     record = out.with_suffix(".json")

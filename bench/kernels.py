@@ -100,7 +100,7 @@ class Kernels:
         y = _poisoned(x.new_empty(*x.shape[:-1], len(weight)))
         args = _LinearArgs(
             *(x[..., 0].numel(), x.shape[-1], len(weight)),
-            *(0 if v is None else _TYPES[v.dtype] for v in (x, weight, bias, weight_scale)),
+            *(0 if v is None else _TYPES[v.dtype] for v in (x, weight, bias)),
             *(_NORMS[norm], _ACTIVATIONS[activation], epsilon),
             *(_pointer(v) for v in (x, weight, bias, residual, weight_scale, scale, shift, y)),
         )

@@ -94,28 +94,31 @@ class _Bench:
         return self.row(seconds, moved, name=name, batch=batch, time=time, order=order, state=str(state)[6:])
 
     def linears(self) -> list[dict[str, Any]]:
-        return self._linears(eight=False)
+        return self._linears(16)
 
     def eights(self) -> list[dict[str, Any]]:
         """LinearFp8; the arithmetic floor is that of products of float16, halved."""
-        return self._linears(eight=True)
+        return self._linears(8)
 
-    def _linears(self, eight: bool) -> list[dict[str, Any]]:
+    def fours(self) -> list[dict[str, Any]]:
+        """LinearInt4; the arithmetic floor is that of products of float16."""
+        return self._linears(4)
+
+    def _linears(self, bits: int) -> list[dict[str, Any]]:
         rows = []
-        size = 1 if eight else 2
         for name, width, out, norm, activation, residual in _NODES:
             for batch in self.batches:
-                moved = size * width * out + 2 * batch * (width + out * (1 + residual))
-                seconds = _timed(partial(self._linear, name, batch, eight=eight), moved)
-                work = size * batch * width * out
+                moved = _weight_bytes(bits, width * out) + 2 * batch * (width + out * (1 + residual))
+                seconds = _timed(partial(self._linear, name, batch, bits=bits), moved)
+                work = (1 if bits == 8 else 2) * batch * width * out
                 rows.append(self.row(seconds, moved, work, name=name, rows=batch, norm=norm, activation=activation))
         return rows
 
-    def _linear(self, name: str, batch: int, x: Tensor | None = None, eight: bool = False) -> Call:
-        return self._linear_with_output(name, batch, x, eight)[1]
+    def _linear(self, name: str, batch: int, x: Tensor | None = None, bits: int = 16) -> Call:
+        return self._linear_with_output(name, batch, x, bits)[1]
 
     def _linear_with_output(
-        self, name: str, batch: int, x: Tensor | None = None, eight: bool = False
+        self, name: str, batch: int, x: Tensor | None = None, bits: int = 16
     ) -> tuple[Tensor, Call]:
         width, out, norm, activation, residual = next(node[1:] for node in _NODES if node[0] == name)
         inputs: tuple[Tensor | None, ...] = (
@@ -126,32 +129,36 @@ class _Bench:
             _random(width) if norm != "none" else None,
             _random(width) if norm != "none" else None,
         )
-        if eight:
+        if bits == 8:
             weight = torch.randn(out, width, device="cuda").to(torch.float8_e4m3fn)
             inputs = (inputs[0], weight, *inputs[2:], torch.rand(out, device="cuda") / width**0.5)
+        if bits == 4:
+            weight = torch.randint(256, (out, width // 32, 16), dtype=torch.uint8, device="cuda")
+            scales = torch.rand(out, width // 32, dtype=HALF, device="cuda") / width**0.5
+            inputs = (inputs[0], weight, *inputs[2:], scales)
         outputs, call = self.kernels.linear(inputs, norm, activation)
         return outputs[0], call
 
     def whole_step(self) -> list[dict[str, Any]]:
         """All layers of a model in one graph, five operators a layer, and the logits: nothing else of the step."""
         rows = []
-        for batch in (1, 4, 64, 512):
-            calls = [call for _ in range(LAYERS) for call in self._layer(batch)]
-            calls.append(self._linear("logits", batch))
+        for bits, batch in ((16, 1), (16, 4), (16, 8), (16, 64), (16, 512), (8, 1), (4, 1), (4, 8)):
+            calls = [call for _ in range(LAYERS) for call in self._layer(batch, bits)]
+            calls.append(self._linear("logits", batch, bits=bits))
             weights = LAYERS * sum(w * o for name, w, o, *_ in _NODES if name != "logits") + WIDTH * VOCABULARY
-            states = LAYERS * batch * WIDTH * (24 + 2 * 4 * 2)
+            moved = _weight_bytes(bits, weights) + LAYERS * batch * WIDTH * (24 + 2 * 4 * 2)
             seconds = _replayed(calls)
-            rows.append(self.row(seconds, 2 * weights + states, 2 * batch * weights, name="all layers", batch=batch))
+            rows.append(self.row(seconds, moved, 2 * batch * weights, name="all layers", bits=bits, batch=batch))
         return rows
 
-    def _layer(self, batch: int) -> list[Call]:
-        projected, first = self._linear_with_output("in", batch)
+    def _layer(self, batch: int, bits: int = 16) -> list[Call]:
+        projected, first = self._linear_with_output("in", batch, bits=bits)
         tables = [_random(3, 3 * WIDTH), _random(3 * WIDTH), *(0.5 * _random(4, WIDTH) for _ in range(3))]
         states = _random(batch, 2, 3 * WIDTH, dtype=HALF), _random(batch, 4, WIDTH, dtype=HALF)
         (mixed, *_), second = self.kernels.mixer((projected, *states, *tables, _random(WIDTH), None), WIDTH, 0)
-        x, third = self._linear_with_output("out", batch, mixed)
-        hidden, fourth = self._linear_with_output("up", batch, x)
-        return [first, second, third, fourth, self._linear("down", batch, hidden)]
+        x, third = self._linear_with_output("out", batch, mixed, bits)
+        hidden, fourth = self._linear_with_output("up", batch, x, bits)
+        return [first, second, third, fourth, self._linear("down", batch, hidden, bits)]
 
     def samples(self) -> list[dict[str, Any]]:
         rows = []
@@ -178,7 +185,7 @@ class _Bench:
         return rows
 
 
-_PARTS = ["steps", "whole_step", "prefills", "linears", "eights", "samples"]
+_PARTS = ["steps", "whole_step", "prefills", "linears", "eights", "fours", "samples"]
 _NODES = [
     ("in", WIDTH, 3 * WIDTH, "layer", "none", False),
     ("out", WIDTH, WIDTH, "none", "none", True),
@@ -190,6 +197,11 @@ _NODES = [
 
 def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def _weight_bytes(bits: int, count: int) -> int:
+    """Of so many weights; those of 4 bits have a scale of 16 for 32."""
+    return count * bits // 8 + (count // 16 if bits == 4 else 0)
 
 
 def _timed(make: Callable[[], Call], moved: float) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ __all__ = [
     "RotaryAttention",
     "convolve",
     "of_orders",
+    "of_width",
     "operators",
     "program_of",
     "random_modal",
@@ -97,6 +99,17 @@ def tiny(*mixers: type[nn.Module], context: int | None = CONTEXT) -> LoadedModel
         module = TinyLM([mixer() for mixer in mixers]).eval().requires_grad_(False)
     count = sum(weight.numel() for weight in module.parameters())
     return LoadedModel(module, "module", context, count, "tests")
+
+
+@contextmanager
+def of_width(width: int) -> Iterator[None]:
+    """Tiny models that are made and captured inside have so many channels."""
+    global WIDTH  # mixers read it as they are made and as they run
+    before, WIDTH = WIDTH, width
+    try:
+        yield
+    finally:
+        WIDTH = before
 
 
 def program_of(*mixers: type[nn.Module]) -> Program:

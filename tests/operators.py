@@ -15,12 +15,12 @@ import torch
 from lhruntime.sampling import Sampler
 from torch import Tensor
 
+from lhcompile.artifacts import LARGEST_HALF
+from lhcompile.lower.body import DOMAIN, OPSET, VERSION
 from lhcompile.lower.functions import (
-    DOMAIN,
-    OPSET,
-    VERSION,
     Activation,
     Norm,
+    Projection,
     call,
     linear_function,
     mixer_function,
@@ -28,7 +28,7 @@ from lhcompile.lower.functions import (
 )
 from lhcompile.ssm import swap
 
-__all__ = ["FORMS", "Call", "Linear", "Mixer", "Sample", "error", "run"]
+__all__ = ["FORMS", "LOUD", "Call", "Linear", "Mixer", "Sample", "error", "kept_error", "run"]
 
 Type = ir.DataType
 TORCH = {
@@ -38,6 +38,7 @@ TORCH = {
     Type.INT64: torch.int64,
     Type.INT32: torch.int32,
     Type.FLOAT8E4M3FN: torch.float8_e4m3fn,
+    Type.UINT8: torch.uint8,
 }
 ONNX = {value: key for key, value in TORCH.items()}
 _PROVIDERS: list[Any] = ["CPUExecutionProvider"]
@@ -113,9 +114,20 @@ def error(given: Tensor, wanted: Tensor) -> float:
     return float(distance) if torch.isfinite(given.double()).all() else float("inf")
 
 
+def kept_error(given: Tensor, wanted: Tensor) -> float:
+    """As `error`, of numbers that are NaN in the same places."""
+    assert torch.equal(given.isnan(), wanted.isnan())
+    return error(given.where(~given.isnan(), 0), wanted.where(~wanted.isnan(), 0))
+
+
+EDGES = torch.tensor([1.0, 65504, 65519, 65520, 1e5, float("inf"), float("nan")])
+"""Numbers at and beyond the largest of float16."""
+
+
 @dataclass(frozen=True)
 class Mixer:
-    """A random HyenaMixer. packed: every channel has an order of its own, none included."""
+    """A random HyenaMixer. packed: every channel has an order of its own, none included; loud: states leave what
+    float16 holds, and some are NaN"""
 
     batch: int = 2
     time: int = 1
@@ -131,6 +143,7 @@ class Mixer:
     signal: Type = Type.FLOAT
     conv_state: Type = Type.FLOAT
     recurrent_state: Type = Type.FLOAT
+    loud: bool = False
     seed: int = 0
 
     def call(self) -> Call:
@@ -158,8 +171,13 @@ class Mixer:
             index[there] = torch.randperm(count, generator=generator).to(torch.int32)
             state = random(self.batch, 1, count)
         signal, conv, recurrent = (TORCH[t] for t in (self.signal, self.conv_state, self.recurrent_state))
+        projected = random(self.batch, self.time, wide)
+        if self.loud:
+            projected *= 300
+            projected[:, -1, : len(EDGES)], projected[:, -1, -len(EDGES) :] = EDGES, -EDGES
+            state.view(-1)[-1] = float("nan")
         inputs = (
-            random(self.batch, self.time, wide).to(signal),
+            projected.to(signal),
             random(self.batch, self.taps - 1, wide).to(signal).to(conv),
             state.to(recurrent),
             random(self.taps, wide),
@@ -209,12 +227,13 @@ class Mixer:
             packed = torch.zeros_like(state).flatten(1)
             packed[:, index[index >= 0]] = full[:, index >= 0]
             full = packed.view_as(state)
-        return [torch.stack(y, 1) * gate, window[:, self.time :], full]
+        after = _stopped(window[:, self.time :], self.conv_state)
+        return [torch.stack(y, 1) * gate, after, _stopped(full, self.recurrent_state)]
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A random Linear of K = width inputs and N = out outputs."""
+    """A random projection of K = width inputs and N = out outputs; of LinearInt4 the width is a multiple of 32"""
 
     batch: int = 2
     time: int = 3
@@ -229,7 +248,7 @@ class Linear:
     one_token: bool = False
     signal: Type = Type.FLOAT
     bias_type: Type | None = None
-    eight: bool = False  # LinearFp8
+    name: Projection = "Linear"
     seed: int = 0
 
     def call(self) -> Call:
@@ -247,11 +266,15 @@ class Linear:
             1 + 0.2 * random(self.width) if self.norm != "none" else None,
             random(self.width) if self.norm_bias else None,
         )
-        if self.eight:
+        if self.name == "LinearFp8":
             weight, unit = _eight(random(self.out, self.width) / self.width**0.5)
             inputs = (inputs[0], weight, *inputs[2:], unit.squeeze(1))
+        if self.name == "LinearInt4":
+            shape = self.out, self.width // 32
+            codes = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            inputs = (inputs[0], codes, *inputs[2:], (0.2 * random(*shape) / self.width**0.5).half())
         function = linear_function(
-            fp8=self.eight,
+            name=self.name,
             norm=self.norm,
             activation=self.activation,
             epsilon=self.epsilon,
@@ -265,7 +288,7 @@ class Linear:
         return Call(function, inputs, fed=(0, 3))
 
     def expected(self) -> list[Tensor]:
-        inputs = (None if v is None else v.double() for v in self.call().inputs)
+        inputs = [None if v is None else v.double() for v in self.call().inputs]
         x, weight, bias, residual, scale, shift, *rest = inputs
         assert x is not None
         assert weight is not None
@@ -274,7 +297,10 @@ class Linear:
         elif self.norm == "rms":
             x = x / (x.square().mean(-1, keepdim=True) + self.epsilon).sqrt() * scale
             x = x if shift is None else x + shift
-        if self.eight:
+        if self.name == "LinearInt4":
+            codes = torch.stack([weight % 16, weight // 16], -1).flatten(2)
+            weight = ((codes - 8) * rest[0][..., None]).flatten(1).to(TORCH[self.signal]).double()
+        if self.name == "LinearFp8":
             codes, unit = _eight(x)
             x, weight = codes.double() * unit, weight * rest[0][:, None]
         y = torch.nn.functional.linear(x, weight, bias)
@@ -282,6 +308,17 @@ class Linear:
             y = torch.nn.functional.gelu(y, approximate="tanh" if self.activation == "gelu_tanh" else "none")
         return [y if residual is None else y + residual]
 
+
+LOUD = {
+    "states": Mixer(loud=True),
+    "odd order": Mixer(loud=True, order=5, batch=3),
+    "real": Mixer(loud=True, complex_poles=False, taps=4, outer=1),
+    "packed": Mixer(loud=True, packed=True, order=5),
+    "interleaved": Mixer(loud=True, block=1, outer=2, channels=200),
+    "many channels": Mixer(loud=True, channels=130, block=130, taps=2),
+    "many rows": Mixer(loud=True, batch=70, channels=256, block=256),
+}
+"""Mixers whose states stop at the largest number of float16, once they are of it."""
 
 FORMS = {
     "plain": Linear(),
@@ -327,6 +364,11 @@ class Sample:
             sampler = Sampler(*(value.item() for value in rest))
             tokens.append(sampler.choose(row.double().numpy(), [uniform.item()]))
         return [torch.from_numpy(np.stack(tokens))]
+
+
+def _stopped(state: Tensor, kind: Type) -> Tensor:
+    """No larger than float16 holds, where it is one."""
+    return state.clamp(-LARGEST_HALF, LARGEST_HALF) if kind == Type.FLOAT16 else state
 
 
 def _eight(rows: Tensor) -> tuple[Tensor, Tensor]:

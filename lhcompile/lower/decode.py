@@ -11,7 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from lhcompile.lower.functions import DOMAIN
+from lhcompile.lower.body import DOMAIN
 
 __all__ = ["SETTINGS", "TOKENS", "decoding"]
 

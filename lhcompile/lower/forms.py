@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from lhcompile.lower.functions import DOMAIN, VERSION, linear_function, mixer_function, sample_function
+from lhcompile.lower.body import DOMAIN, VERSION
+from lhcompile.lower.functions import linear_function, mixer_function, sample_function
 
 __all__ = ["with_functions"]
 
@@ -65,7 +66,7 @@ def _linear(node: ir.Node) -> ir.Function:
         one_token=_one_token(node),
         signal=_type(node.inputs[0]),
         bias_type=_type(node.inputs[2]) if _there(node, 2) else None,
-        fp8=node.op_type == "LinearFp8",
+        name=node.op_type,  # type: ignore[arg-type]
     )
 
 
@@ -77,6 +78,7 @@ _FORMS: dict[str, Callable[[ir.Node], ir.Function]] = {
     "HyenaMixer": _mixer,
     "Linear": _linear,
     "LinearFp8": _linear,
+    "LinearInt4": _linear,
     "Sample": _sample,
 }
 

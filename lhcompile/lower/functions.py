@@ -16,16 +16,15 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from lhcompile.lower.body import DOMAIN, FLOAT, Body, Type
 from lhcompile.ssm import partners
 
-__all__ = ["DOMAIN", "VERSION", "call", "linear_function", "mixer_function", "sample_function"]
+__all__ = ["call", "linear_function", "mixer_function", "sample_function"]
 
-DOMAIN, VERSION = "lhcompile", 1
-OPSET = 20
-Type = ir.DataType
-FLOAT, DOUBLE = Type.FLOAT, Type.DOUBLE
+DOUBLE = Type.DOUBLE
 Norm = Literal["none", "layer", "rms"]
 Activation = Literal["none", "gelu", "gelu_tanh"]
+Projection = Literal["Linear", "LinearFp8", "LinearInt4"]
 _END = 2**63 - 1
 _LARGEST, _SMALLEST = 448.0, 1e-30
 """The largest number of float8 e4m3; a row of a signal that is taken for zero."""
@@ -78,7 +77,8 @@ def mixer_function(
     index int32 [order, D], optional.
     With index, recurrent_state is packed, [batch, states] or [batch, 1, states], and index says where in it the state
     (row, channel) lies, −1 where there is none: the tables are zero there.
-    Outputs: mixed [batch, time, D], and both states after the last token, in their types and layouts.
+    Outputs: mixed [batch, time, D], and both states after the last token, in their types and layouts. A state of
+    float16 stops at its largest number, ±65504, and never becomes infinite; NaN stays NaN.
 
     one_token: time is 1; otherwise it is any number.
     Raises ValueError where the parts are not three.
@@ -88,7 +88,7 @@ def mixer_function(
     names = "projected conv_state recurrent_state conv_weight conv_bias own other readout direct index"
     inputs = [ir.Value(name=name) for name in names.split()]
     projected, before, state, weight, offset, own, other, readout, direct, index = inputs
-    body = _Body()
+    body = Body()
 
     window = body.op("Concat", body.cast(before, conv_state), body.cast(projected, signal), axis=1)
     after = body.op("Slice", window, body.ints(1 - taps), body.ints(_END), body.ints(1))
@@ -115,7 +115,7 @@ def mixer_function(
     y = body.op("Mul", y, gate)
     if packed:
         s = body.op("Reshape", _packed(body, s, state, index), body.op("Shape", state))
-    outputs = [body.back(y, signal), body.back(after, conv_state), body.back(s, recurrent_state)]
+    outputs = [body.back(y, signal), body.kept(after, conv_state), body.kept(s, recurrent_state)]
     form = f"k{taps}n{order}b{block}o{outer}" + _flags(bias=bias, complex=complex_poles, packed=packed)
     types = "_".join(_SHORT[t] for t in (signal, conv_state, recurrent_state))
     overload = f"{form}_{types}{_flags(step=one_token)}"
@@ -128,7 +128,7 @@ class _System:
     def __init__(self, own: ir.Value, other: ir.Value | None, readout: ir.Value, order: int) -> None:
         self.own, self.other, self.readout, self.order = own, other, readout, order
 
-    def next(self, body: _Body, state: ir.Value, u: ir.Value) -> ir.Value:
+    def next(self, body: Body, state: ir.Value, u: ir.Value) -> ir.Value:
         """state [batch, order, D], u [batch, 1, D] → the next state"""
         following = body.op("Mul", state, self.own)
         if self.other is not None:
@@ -136,12 +136,12 @@ class _System:
             following = body.op("Add", following, body.op("Mul", swapped, self.other))
         return body.op("Add", following, u)
 
-    def read(self, body: _Body, state: ir.Value) -> ir.Value:
+    def read(self, body: Body, state: ir.Value) -> ir.Value:
         """[batch, order, D] → [batch, 1, D]"""
         return body.op("ReduceSum", body.op("Mul", state, self.readout), body.ints(1), keepdims=1)
 
 
-def _convolved(body: _Body, window: ir.Value, weight: ir.Value, taps: int, one_token: bool) -> ir.Value:
+def _convolved(body: Body, window: ir.Value, weight: ir.Value, taps: int, one_token: bool) -> ir.Value:
     """The depthwise convolution: window [batch, taps − 1 + time, C], weight [taps, C] → [batch, time, C]"""
     if one_token:
         return body.op("ReduceSum", body.op("Mul", window, weight), body.ints(1), keepdims=1)
@@ -155,9 +155,9 @@ def _convolved(body: _Body, window: ir.Value, weight: ir.Value, taps: int, one_t
     return y
 
 
-def _scanned(body: _Body, system: _System, state: ir.Value, u: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _scanned(body: Body, system: _System, state: ir.Value, u: ir.Value) -> tuple[ir.Value, ir.Value]:
     """One token after the other: state [batch, order, D], u [batch, time, D] → y like u, last state"""
-    inner = _Body("token")
+    inner = Body("token")
     old, token = (ir.Value(name=name, type=ir.TensorType(FLOAT)) for name in ("old", "heard"))
     new = system.next(inner, old, inner.op("Unsqueeze", token, inner.ints(1)))
     said = inner.op("Squeeze", system.read(inner, new), inner.ints(1))
@@ -176,13 +176,13 @@ def _scanned(body: _Body, system: _System, state: ir.Value, u: ir.Value) -> tupl
     return y, last
 
 
-def _unpacked(body: _Body, state: ir.Value, index: ir.Value) -> ir.Value:
+def _unpacked(body: Body, state: ir.Value, index: ir.Value) -> ir.Value:
     """[batch, (1), states] → [batch, order, D]; a zero stands behind the states, where index −1 finds it."""
     flat = body.op("Flatten", state, axis=1)
     return body.op("Gather", body.op("Pad", flat, body.ints(0, 0, 0, 1)), index, axis=1)
 
 
-def _packed(body: _Body, state: ir.Value, packed: ir.Value, index: ir.Value) -> ir.Value:
+def _packed(body: Body, state: ir.Value, packed: ir.Value, index: ir.Value) -> ir.Value:
     """[batch, order, D] → [batch, states]; the last places in the order of index are those of the states."""
     places = body.op("Reshape", index, body.ints(-1))
     everything = body.op("Shape", places)
@@ -203,7 +203,7 @@ def linear_function(
     one_token: bool = False,
     signal: Type = FLOAT,
     bias_type: Type | None = None,
-    fp8: bool = False,
+    name: Projection = "Linear",
 ) -> ir.Function:
     """Linear: a projection with its neighbours, y = residual + activation(norm(x) Wᵀ + bias).
 
@@ -215,14 +215,21 @@ def linear_function(
     Output: y [batch, time, N]. What enters the product is rounded to x's type, its sum is float32, and everything
     behind it is float32.
 
-    fp8: LinearFp8, with its product in 8 bits, (q Wᵀ) ∘ a ∘ weight_scale for q = round(norm(x) / a), a = max |norm(x)|
-    / 448 for each row, so that no token depends on others in the call. weight and q are float8 e4m3; behind the other
-    inputs there is weight_scale float [N].
+    LinearFp8 has its product in 8 bits, (q Wᵀ) ∘ a ∘ weight_scale for q = round(norm(x) / a), a = max |norm(x)| / 448
+    for each row, so that no token depends on others in the call. weight and q are float8 e4m3; behind the other inputs
+    there is weight_scale float [N].
+
+    LinearInt4 has its weight in 4 bits, W = (code − 8) ∘ weight_scale in float32, rounded to x's type where that is of
+    16 bits; from there on it is Linear. weight is uint8 [N, K / 32, 16], two codes a byte, the even input in the lower
+    half; weight_scale float16 [N, K / 32] is behind the other inputs. K is a multiple of 32.
     """
-    names = "x weight bias residual norm_scale norm_bias" + " weight_scale" * fp8
-    inputs = [ir.Value(name=name) for name in names.split()]
+    names = "x weight bias residual norm_scale norm_bias" + " weight_scale" * (name != "Linear")
+    inputs = [ir.Value(name=each) for each in names.split()]
     x, weight, offset, carried, scale, shift = inputs[:6]
-    body = _Body()
+    fp8 = name == "LinearFp8"
+    body = Body()
+    if name == "LinearInt4":
+        weight = _weight_int4(body, weight, inputs[6], signal)
     x = body.cast(x, signal) if fp8 or norm != "none" else x
     if norm != "none":
         x = _normed(body, x, scale, shift if norm_bias else None, norm, epsilon)
@@ -250,7 +257,7 @@ def linear_function(
     if norm != "none":
         form += f"_{epsilon:g}"
     return body.function(
-        "LinearFp8" if fp8 else "Linear",
+        name,
         form + _flags(step=one_token),
         inputs,
         [body.back(y, signal)],
@@ -260,7 +267,7 @@ def linear_function(
     )
 
 
-def _product_fp8(body: _Body, rows: ir.Value, weight: ir.Value, unit: ir.Value) -> ir.Value:
+def _product_fp8(body: Body, rows: ir.Value, weight: ir.Value, unit: ir.Value) -> ir.Value:
     """rows float32 [batch · time, K], weight float8 [N, K], unit [N] → float32 [batch · time, N]"""
     largest = body.op("ReduceMax", body.op("Abs", rows), body.ints(-1), keepdims=1)
     own = body.op("Div", body.op("Max", largest, body.scalar(_SMALLEST, FLOAT)), body.scalar(_LARGEST, FLOAT))
@@ -269,8 +276,19 @@ def _product_fp8(body: _Body, rows: ir.Value, weight: ir.Value, unit: ir.Value) 
     return body.op("Mul", body.op("Mul", y, own), unit)
 
 
+def _weight_int4(body: Body, codes: ir.Value, scale: ir.Value, signal: Type) -> ir.Value:
+    """uint8 [N, K / 32, 16] and float16 [N, K / 32] → the weight [N, K] of the signal's type"""
+    lower = body.op("BitwiseAnd", codes, body.scalar(15, Type.UINT8))
+    upper = body.op("BitShift", codes, body.scalar(4, Type.UINT8), direction="RIGHT")
+    pairs = body.op("Concat", *(body.op("Unsqueeze", each, body.ints(-1)) for each in (lower, upper)), axis=-1)
+    codes = body.op("Cast", body.op("Reshape", pairs, body.ints(0, 0, -1)), to=FLOAT)
+    unit = body.op("Unsqueeze", body.cast(scale, Type.FLOAT16), body.ints(-1))
+    weight = body.op("Mul", body.op("Sub", codes, body.scalar(8.0, FLOAT)), unit)
+    return body.back(body.op("Reshape", weight, body.ints(0, -1)), signal)
+
+
 def _normed(
-    body: _Body, x: ir.Value, scale: ir.Value, shift: ir.Value | None, norm: Norm, epsilon: float
+    body: Body, x: ir.Value, scale: ir.Value, shift: ir.Value | None, norm: Norm, epsilon: float
 ) -> ir.Value:
     """Normalized over the last axis, in float32."""
     if norm == "layer":
@@ -294,7 +312,7 @@ def sample_function(*, signal: Type = FLOAT) -> ir.Function:
     """
     names = "logits uniform temperature top_k top_p"
     inputs = [ir.Value(name=name) for name in names.split()]
-    body = _Body()
+    body = Body()
     column = body.ints(1)
     logits = body.op("Cast", body.op("Squeeze", inputs[0], column), to=DOUBLE)
     uniform, temperature, top_p = (
@@ -328,71 +346,6 @@ def sample_function(*, signal: Type = FLOAT) -> ir.Function:
     tokens = body.op("Where", greedy, best, drawn)
     tokens.type = ir.TensorType(Type.INT64)
     return body.function("Sample", _SHORT[signal], inputs, [tokens])
-
-
-class _Body:
-    """The nodes of a function, in the order they are made; prefix: what the names of its values begin with"""
-
-    def __init__(self, prefix: str = "v") -> None:
-        self.nodes: list[ir.Node] = []
-        self._prefix, self._count = prefix, 0
-
-    def ops(
-        self, kind: str, count: int, *inputs: ir.Value, **attributes: int | float | str | Sequence[int] | ir.Graph
-    ) -> Sequence[ir.Value]:
-        return self._append(ir.node(kind, inputs, attributes, num_outputs=count))
-
-    def op(self, kind: str, *inputs: ir.Value, **attributes: int | float | str | Sequence[int]) -> ir.Value:
-        return self.ops(kind, 1, *inputs, **attributes)[0]
-
-    def split(self, value: ir.Value, count: int, axis: int) -> list[ir.Value]:
-        return list(self.ops("Split", count, value, axis=axis, num_outputs=count))
-
-    def cast(self, value: ir.Value, given: Type) -> ir.Value:
-        """To float32, from what it is."""
-        return value if given == FLOAT else self.op("Cast", value, to=FLOAT)
-
-    def back(self, value: ir.Value, wanted: Type) -> ir.Value:
-        """From float32."""
-        value = value if wanted == FLOAT else self.op("Cast", value, to=wanted)
-        value.type = ir.TensorType(wanted)
-        return value
-
-    def ints(self, *values: int) -> ir.Value:
-        return self._constant(ir.tensor(values, Type.INT64))
-
-    def scalar(self, value: float, kind: Type = Type.INT64) -> ir.Value:
-        return self._constant(ir.tensor(value, kind))
-
-    def _constant(self, tensor: ir.TensorProtocol) -> ir.Value:
-        return self._append(ir.node("Constant", [], {"value": tensor}))[0]
-
-    def _append(self, node: ir.Node) -> Sequence[ir.Value]:
-        for value in node.outputs:
-            self._count += 1
-            value.name = f"{self._prefix}{self._count}"
-        self.nodes.append(node)
-        return node.outputs
-
-    def graph(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], name: str) -> ir.Graph:
-        return ir.Graph(inputs, outputs, nodes=self.nodes, opset_imports={"": OPSET}, name=name)
-
-    def function(
-        self,
-        name: str,
-        overload: str,
-        inputs: Sequence[ir.Value],
-        outputs: Sequence[ir.Value],
-        **attributes: int | float | str,
-    ) -> ir.Function:
-        """The function; the attributes have the values that its body was made for."""
-        return ir.Function(
-            DOMAIN,
-            name,
-            overload,
-            graph=self.graph(inputs, outputs, name),
-            attributes=ir.convenience.convert_attributes(attributes),
-        )
 
 
 def _flags(**flags: bool) -> str:

@@ -13,7 +13,7 @@ from onnx.defs import OpSchema
 from onnxscript.values import Op, Opset
 
 from lhcompile.lower import portable
-from lhcompile.lower.functions import DOMAIN, VERSION
+from lhcompile.lower.body import DOMAIN, VERSION
 
 __all__ = ["Prefill", "Step"]
 

@@ -24,20 +24,32 @@ from lhcompile.errors import LowerError
 from lhcompile.quantize.blocks import fixed_signals, fused_weight, integer_products, integer_table, linear_weight
 from lhcompile.quantize.fp8 import fp8_products
 from lhcompile.quantize.halves import half_products, half_table, half_weight
+from lhcompile.quantize.int4 import int4_products, int4_table, whole_blocks
 from lhcompile.quantize.program import quantize_poles
 from lhcompile.quantize.sensitivity import LADDER, Candidate, Measure, Rung, allot
 from lhcompile.quantize.signals import FUSED, HalfSignals
-from lhcompile.quantize.states import keep_states, kept_in, state_ranges
+from lhcompile.quantize.states import half_pasts, keep_states, kept_in, state_ranges
 from lhcompile.quantize.stored import Form, Stored
 from lhcompile.quantize.trials import Range, Trials, signal_ranges
-from lhcompile.quantize.weights import LINEAR, SpellGemm, Use, matrices, tables
+from lhcompile.quantize.weights import DOMAIN, LINEAR, SpellGemm, Use, matrices, tables
 from lhcompile.quantize.writer import Writer
 
-__all__ = ["Plan", "keep_states", "kept_in", "plan_weights", "quantize", "quantize_poles", "state_ranges"]
+__all__ = [
+    "Plan",
+    "half_pasts",
+    "keep_states",
+    "kept_in",
+    "plan_weights",
+    "quantize",
+    "quantize_poles",
+    "state_ranges",
+]
 
 OPSET, IR_VERSION = 21, 10
 """The first with blocks in DequantizeLinear and with 4-bit tensors."""
 _KINDS: dict[str, Callable[[ir.Graph], Iterator[Use]]] = {"matrices": matrices, "embedding": tables}
+APART = f"{LINEAR}.apart"
+"""What a fused projection is called that is to be inlined."""
 HELD = 0.02
 """Largest rounding error of a signal by a fixed scale, as a share of its root mean square; where tails are heavier the
 scale is taken from each token."""
@@ -72,7 +84,8 @@ def quantize(lowered: Lowered, config: QuantizeConfig, plan: Plan | None = None)
     """
     if config.quantize == "none":
         return Quantized(lowered, lowered)
-    cabinets = {kind: _Cabinet(partial(_form, lowered.target, kind, config, plan or Plan())) for kind in _KINDS}
+    plan = plan or Plan()
+    cabinets = {kind: _Cabinet(partial(_form, lowered.target, kind, config, plan)) for kind in _KINDS}
 
     def quantized(model: ir.Model, prefill: bool) -> ir.Model:
         for kind, find in _KINDS.items():
@@ -89,18 +102,18 @@ def quantize(lowered: Lowered, config: QuantizeConfig, plan: Plan | None = None)
         return _tidy(model)
 
     return Quantized(
-        lowered=replace(_both(lowered, config, quantized), precision=config.quantize),
-        rounded=_both(lowered, config, rounded),
+        lowered=replace(_both(lowered, config, plan, quantized), precision=config.quantize),
+        rounded=_both(lowered, config, plan, rounded),
         parts=tuple(part for kind, cabinet in cabinets.items() if (part := cabinet.part(kind)).tensors),
-        inner_step=quantized(_spelled(lowered.step, config), prefill=True) if lowered.target == "cpu" else None,
+        inner_step=quantized(_spelled(lowered.step, config, plan), True) if lowered.target == "cpu" else None,
     )
 
 
 def _form(target: str, kind: str, config: QuantizeConfig, plan: Plan, key: Key) -> Form:
     """How a weight is stored and read.
 
-    onnxruntime on a CPU multiplies bytes faster than it dequantizes once there are many tokens; on a GPU its fused
-    kernel is named, for it is not known to recognize the standard form there.
+    onnxruntime on a CPU multiplies bytes faster than it dequantizes once there are many tokens; on a GPU fused kernels
+    are named, for it is not known to recognize the standard form there.
     """
     precision = plan.precisions.get(key, config.quantize)
     if precision == "fp8":
@@ -110,6 +123,8 @@ def _form(target: str, kind: str, config: QuantizeConfig, plan: Plan, key: Key) 
             return half_table(precision)
         return half_products(precision) if target == "cuda" else half_weight(precision)
     bits = 8 if precision == "int8" else 4
+    if target == "cuda" and bits == 4:
+        return int4_table() if kind == "embedding" else int4_products()
     if kind == "embedding":
         return integer_table(bits)
     if key in plan.signals:
@@ -139,7 +154,7 @@ def plan_weights(
         signals, listened = _signals(lowered, config, rows)
     if budget is None or config.quantize == "none":
         return Plan(signals=signals, listened=listened)
-    model, candidates = _spelled(lowered.prefill, config), []
+    model, candidates = _spelled(lowered.prefill, config, Plan()), []
     keys: dict[str, Key] = {}
     ladder = LADDER[LADDER.index(config.quantize) :] if config.quantize in LADDER else (config.quantize,)
     for kind, find in _KINDS.items():
@@ -180,7 +195,7 @@ def _signals(
     lowered: Lowered, config: QuantizeConfig, rows: Tensor
 ) -> tuple[dict[Key, tuple[float, float]], int]:
     """The ends of each matrix's signal where a fixed scale holds it well, and the number of matrices."""
-    model = _spelled(lowered.prefill, config)
+    model = _spelled(lowered.prefill, config, Plan())
     uses = {str(index): use for index, use in enumerate(matrices(model.graph))}
     ranges = signal_ranges(lowered, model, {name: use.signal for name, use in uses.items()}, rows)
     found: dict[Key, Range] = {}
@@ -190,20 +205,42 @@ def _signals(
     return {key: (each.low, each.high) for key, each in found.items() if each.error <= HELD}, len(found)
 
 
-def _both(lowered: Lowered, config: QuantizeConfig, change: Callable[[ir.Model, bool], ir.Model]) -> Lowered:
+def _both(
+    lowered: Lowered, config: QuantizeConfig, plan: Plan, change: Callable[[ir.Model, bool], ir.Model]
+) -> Lowered:
     """The graphs changed in copies, which share the tensors that stay."""
-    step = change(_spelled(lowered.step, config), False)
+    step = change(_spelled(lowered.step, config, plan), False)
     alone = lowered.prefill is lowered.step
-    return replace(lowered, step=step, prefill=step if alone else change(_spelled(lowered.prefill, config), True))
+    return replace(lowered, step=step, prefill=step if alone else change(_spelled(lowered.prefill, config, plan), True))
 
 
-def _spelled(model: ir.Model, config: QuantizeConfig) -> ir.Model:
+def _spelled(model: ir.Model, config: QuantizeConfig, plan: Plan) -> ir.Model:
     """A copy with products as later passes know them: fused ones stay where they read the precision as it is."""
     model = model.clone()
-    if config.quantize not in FUSED:
-        common.InlinePass(lambda function: function.name == LINEAR)(model)
+    for node in model.graph:
+        if node.op_type == LINEAR and node.domain == DOMAIN and not _is_read(Use(node, 1), config, plan):
+            _name_apart(model, node)
+    common.InlinePass(lambda function: function.name == APART)(model)
     SpellGemm()(model)
     return model
+
+
+def _is_read(use: Use, config: QuantizeConfig, plan: Plan) -> bool:
+    """Whether a fused projection reads its weight as it is stored."""
+    if config.quantize not in FUSED:
+        return False
+    precision = plan.precisions.get(_key(use), config.quantize) if plan.precisions else config.quantize
+    return precision in FUSED and (precision != "int4" or whole_blocks(use))
+
+
+def _name_apart(model: ir.Model, node: ir.Node) -> None:
+    """The node calls its function under another name, so that it can be inlined where others stay."""
+    function = model.functions[node.op_identifier()]
+    node.op_type = APART
+    if node.op_identifier() not in model.functions:
+        apart = function.clone()
+        apart.name = APART
+        model.functions[apart.identifier()] = apart
 
 
 def _tidy(model: ir.Model) -> ir.Model:

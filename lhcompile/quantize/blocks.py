@@ -6,6 +6,7 @@ kernel by name, com.microsoft MatMulNBits. Entries of an embedding are looked up
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,15 @@ from lhcompile.quantize.stored import Form, Stored
 from lhcompile.quantize.weights import Use
 from lhcompile.quantize.writer import Writer
 
-__all__ = ["BLOCK", "fixed_signals", "fused_weight", "integer_products", "integer_table", "linear_weight"]
+__all__ = [
+    "BLOCK",
+    "fixed_signals",
+    "fused_weight",
+    "integer_products",
+    "integer_table",
+    "linear_weight",
+    "look_up_nibbles",
+]
 
 Array = NDArray[Any]
 BLOCK, SMALLER = 32, 16
@@ -179,12 +188,22 @@ def _look_up(bits: int, writer: Writer, use: Use, stored: Stored) -> None:
         codes = writer.op("Cast", codes, to=ir.DataType.FLOAT.value)
         writer.become(writer.op("Mul", codes, scales))
         return
-    _, blocks, half = stored.tensors["bytes"].shape.numpy()
-    every = np.arange(256)
-    table = writer.tensor("nibbles", ir.tensor(np.stack([every & 15, every >> 4], 1).astype(np.float32) - 8))
-    codes = writer.op("Gather", table, writer.op("Cast", codes, to=ir.DataType.INT32.value), axis=0)
-    codes = writer.op("Reshape", codes, writer.ints(0, 0, blocks, 2 * half))
-    entries = writer.op("Reshape", writer.op("Mul", codes, scales), writer.ints(0, 0, blocks * 2 * half))
-    if width < blocks * 2 * half:
+    shape = stored.tensors["bytes"].shape.numpy()
+    entries = look_up_nibbles(writer, codes, scales, shape)
+    if width < shape[1] * shape[2] * 2:
         entries = writer.op("Slice", entries, writer.ints(0), writer.ints(width), writer.ints(2))
     writer.become(entries)
+
+
+def look_up_nibbles(
+    writer: Writer, codes: ir.Value, scales: ir.Value, shape: Sequence[int], kind: Any = np.float32
+) -> ir.Value:
+    """Entries [batch, time, blocks · 2 · half] of a table of bytes, whose shape is [entries, blocks, half], from what
+    was gathered of it: codes [batch, time, blocks, half] and scales [batch, time, blocks, 1]; kind: numpy's type of
+    scales and entries"""
+    _, blocks, half = shape
+    every = np.arange(256)
+    table = writer.tensor("nibbles", ir.tensor(np.stack([every & 15, every >> 4], 1).astype(kind) - kind(8)))
+    codes = writer.op("Gather", table, writer.op("Cast", codes, to=ir.DataType.INT32.value), axis=0)
+    codes = writer.op("Reshape", codes, writer.ints(0, 0, blocks, 2 * half))
+    return writer.op("Reshape", writer.op("Mul", codes, scales), writer.ints(0, 0, blocks * 2 * half))

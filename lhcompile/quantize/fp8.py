@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lhcompile.quantize.halves import half_products
 from lhcompile.quantize.stored import Form, Stored
-from lhcompile.quantize.weights import DOMAIN, Use
+from lhcompile.quantize.weights import Use
 from lhcompile.quantize.writer import Writer
 
 __all__ = ["fp8_products"]
@@ -22,21 +22,29 @@ LARGEST = 448.0
 """The largest number of float8 e4m3."""
 _TINIEST = 1e-30
 """Rows below it are zero."""
-_SCALE = 6
-"""LinearFp8's input for the scales."""
+_MULTIPLE = 16
+"""Of inputs and of outputs: cuBLASLt multiplies no other matrices in 8 bits."""
 
 
 def fp8_products() -> Form:
-    """LinearFp8 in the place of a fused Linear; products that are not fused run in fp16."""
+    """LinearFp8 in the place of a fused Linear; products that are not fused, or of other sizes than multiples of 16
+    (many a vocabulary), run in fp16."""
     other = half_products("fp16")
 
     def store(use: Use) -> Stored:
-        return _store(use) if use.fused else other.store(use)
+        return _store(use) if _takes(use) else other.store(use)
 
     def write(writer: Writer, use: Use, stored: Stored) -> None:
-        (_fuse if use.fused else other.step)(writer, use, stored)
+        if _takes(use):
+            writer.project("LinearFp8", stored.tensors)
+        else:
+            other.step(writer, use, stored)
 
     return Form(store, write, write)
+
+
+def _takes(use: Use) -> bool:
+    return use.fused and all(size % _MULTIPLE == 0 for size in use.rows().shape)
 
 
 def _store(use: Use) -> Stored:
@@ -50,11 +58,3 @@ def _store(use: Use) -> Stored:
 
 def _values(codes: Array, scales: Array) -> Array:
     return codes.astype(np.float32) * scales[:, None]
-
-
-def _fuse(writer: Writer, use: Use, stored: Stored) -> None:
-    codes, scales = (writer.tensor(*item) for item in stored.tensors.items())
-    signal, _, *others = use.node.inputs
-    others += [None] * (_SCALE - 2 - len(others))
-    attributes = {name: attribute.value for name, attribute in use.node.attributes.items()}
-    writer.become(writer.op("LinearFp8", signal, codes, *others, scales, domain=DOMAIN, **attributes))

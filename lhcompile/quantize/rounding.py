@@ -16,6 +16,8 @@ TRIED = 8
 CLIPPED = 0.7
 SLICE = 1 << 20
 """Numbers rounded at a time."""
+_TINIEST_HALF = np.float32(2**-24)
+"""The least number of float16 above zero."""
 TINIEST = 1e-30
 """Blocks below this are zero: the scale of a smaller one would not be a normal float32."""
 
@@ -24,8 +26,8 @@ TINIEST = 1e-30
 class Codes:
     """A matrix as ŵ = scale · code.
 
-    codes: int8 [rows, columns], in −2^(bits−1) … 2^(bits−1) − 1; scales: float32 [rows, blocks], of either sign;
-    block: columns that share a scale, the last block of a row may have fewer
+    codes: int8 [rows, columns], in −2^(bits−1) … 2^(bits−1) − 1; scales: float32 or float16 [rows, blocks], of either
+    sign; block: columns that share a scale, the last block of a row may have fewer
     """
 
     codes: Array
@@ -42,25 +44,33 @@ class Codes:
         return values
 
 
-def round_rows(rows: Array, bits: int, block: int | None) -> Codes:
-    """The matrix [rows, columns] in codes of `bits`; block None: one scale a row.
+def round_rows(rows: Array, bits: int, block: int | None, scale: type[np.floating[Any]] = np.float32) -> Codes:
+    """The matrix [rows, columns] in codes of `bits`; block None: one scale a row; scale: the type of scales.
 
     For given codes c the best scale of a block w is s = ⟨w, c⟩ / ⟨c, c⟩, and leaves |w|² − ⟨w, c⟩² / ⟨c, c⟩. Codes are
     taken from `TRIED` scales, the best of them rounded once more with its own s. The first that is tried, of size
     max|w| / (2^(bits−1) − 1), clips nothing, and no later step adds to the error:
 
         |w − ŵ|² ≤ block · (max|w| / (2^bits − 2))²
+
+    Scales of float16 are rounded before codes are found once more. That moves a number by 2^(bits−1) · 2⁻¹¹ of a step
+    at most, where scales are not below float16's normal numbers, 6e-5.
     """
     count, columns = rows.shape
     block = columns if block is None else min(block, columns)
     blocks = -(-columns // block)
     codes = np.empty((count, columns), np.int8)
-    scales = np.empty((count, blocks), np.float32)
+    scales = np.empty((count, blocks), scale)
     step = max(1, SLICE // columns)
     for first in range(0, count, step):
         part = np.zeros((min(step, count - first), blocks * block), np.float32)
         part[:, :columns] = rows[first : first + step]
-        some, scales[first : first + step] = _round(part.reshape(len(part), blocks, block), 1 << (bits - 1))
+        part = part.reshape(len(part), blocks, block)
+        some, found = _round(part, 1 << (bits - 1))
+        if scale is np.float16:
+            found = _halves(found)
+            some = _codes(part, found[..., None], 1 << (bits - 1)).astype(np.int8)
+        scales[first : first + step] = found
         codes[first : first + step] = some.reshape(len(part), -1)[:, :columns]
     return Codes(codes, scales, block, bits)
 
@@ -85,6 +95,12 @@ def _round(w: Array, top: int) -> tuple[Array, Array]:
     codes = _codes(w, best, top)
     scale, _ = _refit(w, codes, largest)
     return codes.astype(np.int8), scale[..., 0]
+
+
+def _halves(scales: Array) -> Array:
+    """The nearest numbers of float16 but zero, float32."""
+    halves = scales.astype(np.float16).astype(np.float32)
+    return np.where(halves == 0, np.copysign(_TINIEST_HALF, scales), halves)
 
 
 def _codes(w: Array, scale: Array, top: int) -> Array:

@@ -21,9 +21,10 @@ from lhcompile.quantize.weights import DOMAIN
 
 __all__ = ["FUSED", "HalfSignals"]
 
-FUSED = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp8": ir.DataType.FLOAT16}
+_FLOAT16 = ir.DataType.FLOAT16
+FUSED = {"fp16": _FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp8": _FLOAT16, "int4": _FLOAT16}
 """Precisions that fused operators read as they are, and the type of signals with each."""
-_HEARD = {"HyenaMixer": (0,), "Linear": (0, 3), "LinearFp8": (0, 3)}
+_HEARD = {"HyenaMixer": (0,), "Linear": (0, 3), "LinearFp8": (0, 3), "LinearInt4": (0, 3)}
 """Inputs of fused operators that are signals; the first output is one."""
 _BIAS = 2
 _ELEMENTWISE = {"Add", "Mul", "Sub", "Sigmoid", "Tanh", "Relu", "Gelu"}
@@ -31,7 +32,7 @@ _NUMPY = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloa
 
 
 class HalfSignals(ir.passes.InPlacePass):
-    """Signals of a graph with fused operators in `precision`, one of FUSED; nothing happens to one without."""
+    """Signals of a graph with fused projections in `precision`, one of FUSED; nothing happens to one without."""
 
     def __init__(self, precision: str) -> None:
         super().__init__()
@@ -41,6 +42,8 @@ class HalfSignals(ir.passes.InPlacePass):
         graph = model.graph
         casts = _Casts(graph, self._dtype)
         fused = [node for node in graph if node.domain == DOMAIN and node.op_type in _HEARD]
+        if not any(node.op_type != "HyenaMixer" for node in fused):
+            return ir.passes.PassResult(model, False)
         for node in fused:
             casts.enclose(node, _HEARD[node.op_type])
             if node.op_type != "HyenaMixer" and (bias := _input(node, _BIAS)) is not None:
@@ -50,7 +53,7 @@ class HalfSignals(ir.passes.InPlacePass):
             for node in _elementwise(graph, self._dtype):
                 casts.enclose(node, range(len(node.inputs)))
             casts.cancel()
-        return ir.passes.PassResult(model, bool(fused))
+        return ir.passes.PassResult(model, True)
 
     def _rounded(self, graph: ir.Graph, bias: ir.Value) -> ir.Value:
         assert bias.const_value is not None

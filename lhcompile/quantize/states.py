@@ -3,14 +3,17 @@
     float16   s = Cast(q),            q' = Cast(Clip(s', ±65504))
     int8      s = Cast(q) ∘ scales,   q' = QuantizeLinear(s' ∘ 1/scales, 1, 0), which saturates
 
-Inside of a call states are float32 in every graph, so a prompt that is fed whole rounds them once. The scales of int8
+The last tokens of a signal in float16 are kept in float16 whatever is asked for, which loses nothing.
+
+Inside of a call states are float32 in every graph, so a prompt that is fed whole rounds them once. A fused operator
+reads and leaves float16 itself, and does the same. The scales of int8
 are fixed: what a number reached on calibration tokens, with some room, is 127. Numbers that only move from place to
 place, as in a short convolution or a cache, share the scale of their channel, so moving them rounds nothing again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +26,17 @@ from torch import Tensor
 from lhcompile.artifacts import LARGEST_HALF, Lowered, Program, State
 from lhcompile.config import StateType
 from lhcompile.parallel import one_thread
+from lhcompile.quantize.weights import DOMAIN
 
-__all__ = ["keep_states", "kept_in", "state_ranges"]
+__all__ = ["half_pasts", "keep_states", "kept_in", "state_ranges"]
 
 ROOM = 1.1
 """Largest number that int8 holds, as a multiple of the largest on calibration tokens."""
 LEVELS = 127
 _MOVED = {"fir": -2, "long_conv": -2, "key": -2, "value": -2}
 """Kinds of states whose numbers move along an axis."""
+_STATES = (1, 2)
+"""Places of a HyenaMixer's states, among its inputs and its outputs."""
 _TYPES = {"float16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
 
 
@@ -47,9 +53,36 @@ def state_ranges(program: Program, sequences: Tensor) -> dict[str, Tensor]:
     return dict(zip((state.name for state in program.states), found, strict=True))
 
 
-def kept_in(states: Sequence[State], dtype: StateType, ranges: dict[str, Tensor] | None) -> tuple[State, ...]:
-    """The states with those of float32 in `dtype`; ranges: of `state_ranges`, for int8"""
-    return tuple(_kept_in(state, dtype, ranges) if state.dtype == "float32" else state for state in states)
+def half_pasts(lowered: Lowered) -> set[str]:
+    """Names of the states that hold the last tokens of a float16 signal in both graphs: float16 keeps all of them."""
+    return _half_pasts(lowered.step.graph) & _half_pasts(lowered.prefill.graph)
+
+
+def _half_pasts(graph: ir.Graph) -> set[str]:
+    found = set()
+    for node in graph:
+        if not _is_mixer(node):
+            continue
+        signal, past = node.inputs[0], node.inputs[_STATES[0]]
+        assert signal is not None
+        assert past is not None
+        if signal.dtype == ir.DataType.FLOAT16 and _is_kept_by_its_operator(past, node.outputs[_STATES[0]]):
+            found.add(str(past.name))
+    return found
+
+
+def kept_in(
+    states: Sequence[State], dtype: StateType, ranges: dict[str, Tensor] | None, halves: Collection[str] = ()
+) -> tuple[State, ...]:
+    """The states with those of float32 in `dtype`; ranges: of `state_ranges`, for int8; halves: names of those that
+    float16 keeps exactly (`half_pasts`), and which are kept so where `dtype` is float32"""
+
+    def kept(state: State) -> State:
+        if state.dtype != "float32":
+            return state
+        return _kept_in(state, "float16" if dtype == "float32" and state.name in halves else dtype, ranges)
+
+    return tuple(map(kept, states))
 
 
 def _kept_in(state: State, dtype: StateType, ranges: dict[str, Tensor] | None) -> State:
@@ -77,7 +110,10 @@ def _kept(model: ir.Model, states: tuple[State, ...]) -> ir.Model:
 
 
 class _KeepStates(ir.passes.InPlacePass):
-    """Before: s float32 → graph → s' float32. After: q → s → graph → s' → q', q and q' under the old names."""
+    """Before: s float32 → graph → s' float32. After: q → s → graph → s' → q', q and q' under the old names.
+
+    Where a fused operator alone reads s and leaves s', in float16: q → operator → q'.
+    """
 
     def __init__(self, states: Sequence[State]) -> None:
         super().__init__()
@@ -86,9 +122,26 @@ class _KeepStates(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         for state in self._states:
             (value,) = [value for value in model.graph.inputs if value.name == state.name]
+            (new,) = [value for value in model.graph.outputs if value.name == state.output]
+            if state.dtype == "float16" and _is_kept_by_its_operator(value, new):
+                value.type = new.type = ir.TensorType(_TYPES[state.dtype])
+                continue
             _read(model.graph, value, state)
-            _leave(model.graph, state)
+            _leave(model.graph, new, state)
         return ir.passes.PassResult(model, bool(self._states))
+
+
+def _is_kept_by_its_operator(value: ir.Value, new: ir.Value) -> bool:
+    """Whether a fused operator that takes states of 16 bits, and nothing besides, reads `value` and leaves `new`."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or new.uses():
+        return False
+    node, place = uses[0]
+    return _is_mixer(node) and place in _STATES and node.outputs[place] is new
+
+
+def _is_mixer(node: ir.Node) -> bool:
+    return node.domain == DOMAIN and node.op_type == "HyenaMixer"
 
 
 def _read(graph: ir.Graph, value: ir.Value, state: State) -> None:
@@ -107,10 +160,9 @@ def _read(graph: ir.Graph, value: ir.Value, state: State) -> None:
     value.type = ir.TensorType(_TYPES[state.dtype])
 
 
-def _leave(graph: ir.Graph, state: State) -> None:
+def _leave(graph: ir.Graph, value: ir.Value, state: State) -> None:
     """The graph's output is what is kept of the float32 one."""
-    place = next(index for index, value in enumerate(graph.outputs) if value.name == state.output)
-    value = graph.outputs[place]
+    place = graph.outputs.index(value)
     value.name = f"{state.output}.float32"
     dtype = _TYPES[state.dtype]
     if state.scales is not None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lhcompile.quantize.weights import Use, take_place
+from lhcompile.quantize.weights import DOMAIN, Use, take_place
 
 __all__ = ["Writer"]
 
 MICROSOFT = "com.microsoft"
+_SCALES = 6
+"""The input of fused projections for the scales of their weights."""
 
 
 class Writer:
@@ -61,6 +64,18 @@ class Writer:
     def fused(self, name: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """An operator of onnxruntime's own."""
         return self.op(name, *inputs, domain=MICROSOFT, **attributes)
+
+    def project(self, name: str, stored: Mapping[str, ir.TensorProtocol]) -> None:
+        """A fused Linear goes, and stands as `name` with the same neighbours; behind those it has scales.
+
+        stored: codes and scales, by their roles
+        """
+        codes, scales = (self.tensor(*item) for item in stored.items())
+        node = self._use.node
+        signal, _, *others = node.inputs
+        others += [None] * (_SCALES - 2 - len(others))
+        attributes = {each: attribute.value for each, attribute in node.attributes.items()}
+        self.become(self.op(name, signal, codes, *others, scales, domain=DOMAIN, **attributes))
 
     def read(self, weight: ir.Value) -> None:
         """The operator stays and reads `weight`."""

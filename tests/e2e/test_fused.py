@@ -18,7 +18,7 @@ from lhcompile import verify_directory
 from lhcompile.errors import ParityError
 
 
-@pytest.fixture(scope="module", params=["none", "fp16", "fp8"])
+@pytest.fixture(scope="module", params=["none", "fp16", "fp8", "int4"])
 def built(
     request: pytest.FixtureRequest, checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -32,7 +32,7 @@ def test_the_directory_has_a_decode_graph_and_each_weight_once(built: Path) -> N
     manifest = json.loads((built / "manifest.json").read_text())
     assert manifest["graphs"]["decode"]["file"] == "decode.onnx"
     assert manifest["files"].keys() >= {"step.onnx", "prefill.onnx", "decode.onnx", "weights.bin"}
-    bytes_each = {"none": 4, "fp16": 2, "fp8": 2}[manifest["quantize"]]
+    bytes_each = {"none": 4, "fp16": 2, "fp8": 2, "int4": 0.6}[manifest["quantize"]]
     assert (built / "weights.bin").stat().st_size < bytes_each * manifest["model"]["parameters"] + 4096 * 100
     report = json.loads((built / "report.json").read_text())
     assert report["stages"][-1]["loss"] <= 1.01 * report["stages"][0]["loss"]

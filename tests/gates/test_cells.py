@@ -18,7 +18,7 @@ import onnx_ir.passes.common as common
 import pytest
 import torch
 from lhruntime import Session
-from models import TINY_MODELS, VOCAB, program_of, with_modal
+from models import TINY_MODELS, VOCAB, WIDTH, of_width, program_of, with_modal
 from numpy.typing import NDArray
 from streams import write_directory
 
@@ -38,8 +38,11 @@ Key = tuple[Any, ...]
 Change = Callable[[Lowered], Lowered]
 TARGETS = ("portable", "cpu", "cuda", "web", "mcu")
 PRECISIONS = ("fp16", "bf16", "int8", "int4", "int8 static")
-CELLS = [*((target, precision) for target in TARGETS for precision in PRECISIONS), ("cuda", "fp8")]
-MIXED = [(target, "int4 mixed") for target in ("portable", "cpu", "cuda")]
+CELLS = [*((target, precision) for target in TARGETS for precision in PRECISIONS)]
+CELLS += [("cuda", "fp8 wide"), ("cuda", "int4 wide")]
+MIXED = [*((target, "int4 mixed") for target in ("portable", "cpu", "cuda")), ("cuda", "int4 wide mixed")]
+WIDE = 64
+"""Channels of the cells that are called so, in whole blocks and sixteens: LinearInt4 and LinearFp8 take them."""
 BYTES = ("cpu", "int8", "prefill")
 """The graph whose products are made of bytes; it reads the tensors of the step graph, which multiplies none."""
 SKIPPED = {(target, "int8 static"): "refused: fixed scales are for cpu and portable" for target in TARGETS[2:]}
@@ -52,13 +55,18 @@ def tokens() -> torch.Tensor:
 
 
 @cache
-def program() -> Program:
-    return streamify(with_modal(program_of(*TINY_MODELS["per channel"])))
+def program(width: int = WIDTH) -> Program:
+    with of_width(width):
+        return streamify(with_modal(program_of(*TINY_MODELS["per channel"])))
 
 
 @cache
-def lowered(target: str) -> Lowered:
-    return lower(program(), target)  # type: ignore[arg-type]
+def lowered(target: str, width: int = WIDTH) -> Lowered:
+    return lower(program(width), target)  # type: ignore[arg-type]
+
+
+def width_of(precision: str) -> int:
+    return WIDE if "wide" in precision else WIDTH
 
 
 def written(graphs: Lowered, folder: Path) -> Path:
@@ -87,13 +95,13 @@ def caught(name: str, gate: Callable[..., None], *arguments: Any) -> None:
 @cache
 def quantized(target: str, precision: str) -> tuple[Lowered, Lowered]:
     """As stored, and what it means."""
-    name, _, kind = precision.partition(" ")
-    static = kind == "static"
+    name, *kinds = precision.split()
+    static, source = "static" in kinds, lowered(target, width_of(precision))
     config = QuantizeConfig(quantize=name, activations="static" if static else "dynamic")  # type: ignore[arg-type]
-    plan = plan_weights(lowered(target), config, None, tokens(), False) if static else Plan()
-    if kind == "mixed":
-        plan = Plan({first_matrix(lowered(target).prefill): "fp16"})
-    result = quantize(lowered(target), config, plan)
+    plan = plan_weights(source, config, None, tokens(), False) if static else Plan()
+    if "mixed" in kinds:
+        plan = Plan({first_matrix(source.prefill): "fp16"})
+    result = quantize(source, config, plan)
     return result.lowered, result.rounded
 
 
@@ -112,7 +120,7 @@ def weights_gate(target: str, precision: str, graphs: Lowered, folder: Path) -> 
     for name in ("step", "prefill"):
         time = 1 if name == "step" or lowered(target).prefill is lowered(target).step else TIME
         files = mine / f"{name}.onnx", meant / f"{name}.onnx"
-        tried = check_products(*files, program().states, tokens()[:one_row, :time])
+        tried = check_products(*files, graphs.states, tokens()[:one_row, :time])
         assert tried == ((target, precision, name) != BYTES)
     expected = opened(meant, target).feed(tokens(), [TIME])
     check_session(opened(mine, target), expected, quantized_tolerance(target, precision.split()[0]))
@@ -142,9 +150,9 @@ def one_nibble(array: Array) -> Array:
 
 
 def one_code(array: Array) -> Array:
-    """The last bit of the largest number of 8 bits."""
+    """The largest number of 8 bits becomes the one below, 416 for 448; above is none."""
     array = array.copy()
-    array.view(np.uint8).reshape(-1)[np.abs(array.astype(np.float64)).argmax()] ^= 1
+    array.view(np.uint8).reshape(-1)[np.abs(array.astype(np.float64)).argmax()] -= 1
     return array
 
 
@@ -174,6 +182,8 @@ ROLES: dict[str, tuple[Callable[[Array], Array], ...]] = {
     "int4": (one_nibble, moved_nibbles),
     "bytes": (one_nibble, moved_nibbles, other_axis),
     "blocks4": (one_nibble, moved_nibbles, other_axis),
+    "codes4": (one_nibble, moved_nibbles, other_axis),
+    "half_scales": (one_number, other_axis),
     "scales": (one_number,),
     "entry_scales": (one_number,),
     "byte_scales": (one_number,),
@@ -230,7 +240,9 @@ def test_weights(target: str, precision: str, tmp_path: Path) -> None:
         tried += 1
     assert tried >= (2 if precision in ("fp16", "bf16") else 4)
     roles = {role for role, _ in weights_of(right.step)}
-    assert ("fp16" in roles) == (precision in ("fp16", "fp8", "int4 mixed"))
+    assert ("fp16" in roles) == (precision in ("fp16", "fp8 wide") or "mixed" in precision)
+    assert ("codes4" in roles) == ("int4 wide" in precision)
+    assert ("fp8" in roles) == (precision == "fp8 wide")
 
 
 @pytest.mark.parametrize("target", ["portable", "cpu"])
@@ -302,12 +314,13 @@ def states_gate(target: str, states: tuple[State, ...], graphs: Lowered, folder:
 def read_coarsely(model: ir.Model) -> ir.Model:
     """A state is read through a number of 8 bits."""
     model = model.clone()
-    node = next(node for node in model.graph if (node.name or "").endswith("recurrent_state.read.0"))
-    narrow = ir.node("Cast", [node.outputs[0]], {"to": ir.DataType.BFLOAT16.value})
-    wide = ir.node("Cast", [narrow.outputs[0]], {"to": ir.DataType.FLOAT.value})
-    ir.convenience.replace_all_uses_with(node.outputs[0], wide.outputs[0])
-    narrow.replace_input_with(0, node.outputs[0])
-    model.graph.insert_after(node, [narrow, wide])
+    state = next(value for value in model.graph.inputs if (value.name or "").endswith("recurrent_state"))
+    narrow = ir.node("Cast", [state], {"to": ir.DataType.BFLOAT16.value})
+    wide = ir.node("Cast", [narrow.outputs[0]], {"to": state.dtype.value})  # type: ignore[union-attr]
+    wide.outputs[0].shape, wide.outputs[0].type = state.shape, state.type
+    ir.convenience.replace_all_uses_with(state, wide.outputs[0])
+    narrow.replace_input_with(0, state)
+    model.graph.insert_before(next(iter(model.graph)), [narrow, wide])
     for each in (narrow, wide):
         each.outputs[0].name = f"coarse.{each.attributes['to'].value}"
     return model
@@ -316,24 +329,26 @@ def read_coarsely(model: ir.Model) -> ir.Model:
 def states_exchanged(model: ir.Model) -> ir.Model:
     """Two states of one shape are read in each other's place."""
     model = model.clone()
-    reads = [node for node in model.graph if (node.name or "").endswith(".read.0")]
-    one, other = next((a, b) for a, b in combinations(reads, 2) if a.inputs[0].shape == b.inputs[0].shape)  # type: ignore[union-attr]
-    first, second = one.inputs[0], other.inputs[0]
-    one.replace_input_with(0, second)
-    other.replace_input_with(0, first)
+    pairs = combinations(model.graph.inputs[1:], 2)
+    pair = next((a, b) for a, b in pairs if (a.shape, a.dtype) == (b.shape, b.dtype))
+    reads = [list(value.uses()) for value in pair]
+    for uses, other in zip(reads, reversed(pair), strict=True):
+        for node, place in uses:
+            node.replace_input_with(place, other)
     return model
 
 
 def not_left(model: ir.Model) -> ir.Model:
     """What is left behind is what was read."""
     model = model.clone()
-    node = next(node for node in model.graph if (node.name or "").endswith("recurrent_state.left.1"))
-    state = next(value for value in model.graph.inputs if (value.name or "").endswith("recurrent_state"))
+    state, old = (
+        next(value for value in values if (value.name or "").endswith("recurrent_state"))
+        for values in (model.graph.inputs, model.graph.outputs)
+    )
     same = ir.node("Identity", [state])
     model.graph.append(same)
-    index = list(model.graph.outputs).index(node.outputs[0])
-    name, old = node.outputs[0].name, node.outputs[0]
-    old.name = "unread"
+    index = list(model.graph.outputs).index(old)
+    name, old.name = old.name, "unread"
     same.outputs[0].name, same.outputs[0].type, same.outputs[0].shape = name, old.type, old.shape
     model.graph.outputs[index] = same.outputs[0]
     return model

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from models import VOCAB, WIDTH, Hyena, tiny, with_modal
+from models import VOCAB, WIDTH, Hyena, of_width, tiny, with_modal
 from streams import write_directory
 from torch import nn
 
@@ -24,21 +24,23 @@ from lhcompile.verify import assert_close, products
 from lhcompile.verify.budgets import Tolerance, codes_tolerance
 from lhcompile.verify.products import check_products
 
-IDS, LOUD = 32768, 7
-"""Ids that the model may say, and the one whose logit is some hundred times the root mean square of all."""
+INNER, IDS, LOUD = 16, 32768, 7
+"""Channels, which LinearFp8 takes; ids that the model may say, and the one whose logit is some hundred times the root
+mean square of all."""
 
 
 @pytest.fixture(scope="module")
 def loud() -> Program:
     """A trained model with a tied head is so by itself: it says what it heard, Σ x² beside sums Σ xy of any sign."""
-    loaded = tiny(Hyena)
-    head = nn.Linear(WIDTH, IDS)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(IDS, WIDTH, generator=generator))
-        head.weight[LOUD] *= 1000
-    loaded.module.head = head.requires_grad_(False)
-    return streamify(with_modal(recognize(capture(loaded))))
+    with of_width(INNER):
+        loaded = tiny(Hyena)
+        head = nn.Linear(INNER, IDS)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            head.weight.copy_(torch.randn(IDS, INNER, generator=generator))
+            head.weight[LOUD] *= 1000
+        loaded.module.head = head.requires_grad_(False)
+        return streamify(with_modal(recognize(capture(loaded))))
 
 
 def gate(program: Program, mine: Lowered, meant: Lowered, folder: Path) -> None:
@@ -62,7 +64,7 @@ def test_one_code_beside_large_logits(loud: Program, row: int, tmp_path: Path) -
     """The largest float8 code of a row of the head is the one below: of the row that is large, and of a small one."""
     result = quantize(lower(loud, "cuda"), QuantizeConfig(quantize="fp8"))
     prefill = result.lowered.prefill
-    (codes,) = (value for value in prefill.graph.initializers.values() if list(value.shape or ()) == [IDS, WIDTH])
+    (codes,) = (value for value in prefill.graph.initializers.values() if list(value.shape or ()) == [IDS, INNER])
     assert codes.const_value is not None
     wrong = codes.const_value.numpy().copy()
     wrong.view(np.uint8)[row, np.abs(wrong[row].astype(np.float32)).argmax()] -= 1
@@ -113,7 +115,7 @@ def test_terms(loud: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(products, "codes_tolerance", counted)
     result = quantize(lower(loud, "cuda"), QuantizeConfig(quantize="fp16"))
     gate(loud, result.lowered, result.rounded, tmp_path)
-    assert found == [3 * WIDTH]
+    assert found == [3 * INNER]
 
 
 def test_bound_of_large_models() -> None:

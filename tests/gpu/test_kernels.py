@@ -10,10 +10,11 @@ from dataclasses import replace
 import onnx_ir as ir
 import pytest
 import torch
-from operators import Call, Linear, Mixer, Sample, error
+from operators import LOUD, Call, Linear, Mixer, Sample, error, kept_error
 from torch import Tensor
 
 from bench.kernels import LIBRARY, Kernels
+from lhcompile.artifacts import LARGEST_HALF
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -81,6 +82,16 @@ def test_mixer(kernels: Kernels, name: str, kind: int, tokens: int) -> None:
         assert truth.numel() == 0 or error(ours, truth) <= budget
 
 
+@pytest.mark.parametrize("name", LOUD)
+@pytest.mark.parametrize("signal", [FLOAT, HALF, BRAIN])
+@pytest.mark.parametrize("tokens", [1, 3, 67])
+def test_states_stop_at_the_largest_half(kernels: Kernels, name: str, signal: ir.DataType, tokens: int) -> None:
+    mixer = replace(LOUD[name], time=tokens, signal=signal, conv_state=HALF, recurrent_state=HALF)
+    for ours, truth in zip(mixed(kernels, mixer)[1:], mixer.expected()[1:], strict=True):
+        assert (truth == LARGEST_HALF).any() & (truth == -LARGEST_HALF).any() & truth.isnan().any()
+        assert kept_error(ours, truth) <= BUDGET[HALF]
+
+
 def test_a_step_may_write_where_it_reads(kernels: Kernels) -> None:
     for name in ("complex", "many rows", "packed, many rows", "seven taps"):
         for ours, theirs in zip(mixed(kernels, SHAPES[name], True), mixed(kernels, SHAPES[name]), strict=True):
@@ -128,8 +139,29 @@ def test_linear_in_eight_bits(
 ) -> None:
     """The same codes of x enter the product, but for those at the edge between two: a thousandth of them, 6 % apart."""
     signal, bias_type = kind
-    linear = replace(EIGHTS[name], batch=rows, time=1, signal=signal, bias_type=bias_type, eight=True)
+    linear = replace(EIGHTS[name], batch=rows, time=1, signal=signal, bias_type=bias_type, name="LinearFp8")
     assert error(projected(kernels, linear), linear.expected()[0]) <= 1.5 * BUDGET[signal] + 2e-3
+
+
+FOURS = {
+    "plain": Linear(width=64, out=48),
+    "one block": Linear(width=32, out=13, bias=False),
+    "layer": Linear(width=512, out=96, norm="layer", norm_bias=True, activation="gelu"),
+    "rms": Linear(width=2048, out=301, norm="rms", activation="gelu_tanh", bias=False),
+    "odd blocks": Linear(width=2080, out=300, norm="layer", residual=True),
+    "residual": Linear(width=8192, out=304, residual=True),
+}
+
+
+@pytest.mark.parametrize("name", FOURS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 64, 200])
+@pytest.mark.parametrize("kind", [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
+def test_linear_of_four_bits(
+    kernels: Kernels, name: str, rows: int, kind: tuple[ir.DataType, ir.DataType | None]
+) -> None:
+    signal, bias_type = kind
+    linear = replace(FOURS[name], batch=rows, time=1, signal=signal, bias_type=bias_type, name="LinearInt4")
+    assert error(projected(kernels, linear), linear.expected()[0]) <= (1.5 if rows > 4 else 1) * BUDGET[signal]
 
 
 @pytest.mark.parametrize("signal", [FLOAT, HALF, BRAIN])

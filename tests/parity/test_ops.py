@@ -16,7 +16,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from operators import FORMS, Call, Linear, Mixer, Sample, error, run
+from operators import FORMS, LOUD, Call, Linear, Mixer, Sample, error, kept_error, run
+
+from lhcompile.artifacts import LARGEST_HALF
 
 FLOAT, HALF, BRAIN = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 BUILT = Path(__file__).parents[2] / "build" / "ops" / "liblhcompile_ops.so"
@@ -85,6 +87,20 @@ def test_mixer(library: Path, name: str, tokens: int | None) -> None:
             assert error(ours, theirs) <= 2 * budget
 
 
+@pytest.mark.parametrize("name", LOUD)
+@pytest.mark.parametrize("tokens", [None, 1, 3, 65])
+@pytest.mark.parametrize("signal", [FLOAT, HALF, BRAIN])
+def test_states_stop_at_the_largest_half(library: Path, name: str, tokens: int | None, signal: ir.DataType) -> None:
+    mixer = replace(LOUD[name], time=tokens or 1, one_token=tokens is None)
+    mixer = replace(mixer, signal=signal, conv_state=HALF, recurrent_state=HALF)
+    call, (_, *wanted) = mixer.call(), mixer.expected()
+    for given in (run(call, library), run(call)):
+        for ours, truth in zip(given[1:], wanted, strict=True):
+            assert (truth == LARGEST_HALF).any() & (truth == -LARGEST_HALF).any() & truth.isnan().any()
+            assert torch.equal(ours.abs() == LARGEST_HALF, truth.half().abs() == LARGEST_HALF)
+            assert kept_error(ours, truth) <= BUDGET[HALF]
+
+
 LINEARS = FORMS | {
     "activation and residual": Linear(activation="gelu_tanh", residual=True, bias=False),
     "odd sizes": Linear(width=37, out=13, norm="layer", residual=True),
@@ -112,11 +128,34 @@ def test_linear(
 @pytest.mark.parametrize(("signal", "bias_type"), [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
 def test_linear_in_eight_bits(library: Path, name: str, signal: ir.DataType, bias_type: ir.DataType | None) -> None:
     """Numbers of x at the edge between two codes may take the other one: a thousandth of them, 6 % apart."""
-    linear = replace(LINEARS[name], width=256, out=48, signal=signal, bias_type=bias_type, eight=True)
+    linear = replace(LINEARS[name], width=256, out=48, signal=signal, bias_type=bias_type, name="LinearFp8")
     call = linear.call()
     (given,), (wanted,), (function,) = run(call, library), linear.expected(), run(call)
     assert error(given, wanted) <= BUDGET[signal] + 2e-3
     assert error(given, function) <= 2 * BUDGET[signal] + 2e-3
+
+
+FOURS = {name: replace(linear, width=64) for name, linear in FORMS.items()} | {
+    "one block": Linear(width=32, out=1),
+    "odd sizes": Linear(width=96, out=67, norm="layer", residual=True),
+    "many rows": Linear(batch=7, time=9, width=256, out=200, norm="rms", activation="gelu", residual=True),
+    "large": Linear(batch=1, time=5, width=1024, out=520, norm="layer", norm_bias=True, residual=True),
+}
+
+
+@pytest.mark.parametrize("name", FOURS)
+@pytest.mark.parametrize("one_token", [True, False])
+@pytest.mark.parametrize(("signal", "bias_type"), [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
+def test_linear_of_four_bits(
+    library: Path, name: str, one_token: bool, signal: ir.DataType, bias_type: ir.DataType | None
+) -> None:
+    linear = replace(FOURS[name], signal=signal, bias_type=bias_type, one_token=one_token, name="LinearInt4")
+    linear = replace(linear, time=1) if one_token else linear
+    call = linear.call()
+    (given,), (wanted,), (function,) = run(call, library), linear.expected(), run(call)
+    assert given.dtype == function.dtype
+    assert error(given, wanted) <= BUDGET[signal]
+    assert error(given, function) <= 2 * BUDGET[signal]
 
 
 @pytest.mark.parametrize("sample", [Sample(), Sample(step=0.5), Sample(vocab=5000, step=0.25), Sample(vocab=1)])
@@ -133,6 +172,7 @@ def test_rows_do_not_depend_on_their_neighbours(library: Path) -> None:
     cases = [
         (Mixer(batch=5, time=3, order=6, channels=72, block=72).call(), (0, 1, 2)),
         (Linear(batch=5, width=96, norm="layer", activation="gelu", residual=True).call(), (0, 3)),
+        (Linear(batch=5, width=96, norm="layer", residual=True, name="LinearInt4").call(), (0, 3)),
         (Sample(batch=5, step=0.5).call(), (0, 1, 2, 3, 4)),
     ]
     for call, rowwise in cases:
@@ -149,6 +189,7 @@ def test_threads_change_nothing(library: Path) -> None:
     for call in (
         Mixer(batch=6, time=4, channels=320, block=320, packed=True).call(),
         Linear(batch=3, width=128, out=700, norm="rms").call(),
+        Linear(batch=3, width=128, out=700, norm="rms", name="LinearInt4").call(),
         Sample().call(),
     ):
         for one, two in zip(run(call, library, threads=1), run(call, library, threads=2), strict=True):
@@ -171,7 +212,9 @@ def test_cuts_change_nothing(library: Path) -> None:
 
 def test_every_input_is_heard(library: Path) -> None:
     """A table changed in one place changes the outputs: the comparisons above can fail."""
-    for case, places in ((Mixer(packed=True, order=5), (0, 1, 2, 3, 4, 5, 6, 7, 8)), (LINEARS["everything"], range(6))):
+    four = replace(FOURS["everything"], name="LinearInt4")
+    mixer = Mixer(packed=True, order=5)
+    for case, places in ((mixer, range(9)), (LINEARS["everything"], range(6)), (four, range(7))):
         call = case.call()
         before = run(call, library)
         for place in places:
@@ -184,7 +227,7 @@ def test_every_input_is_heard(library: Path) -> None:
             assert max(error(x, y) for x, y in zip(after, before, strict=True)) > 10 * BUDGET[FLOAT], place
 
 
-@pytest.mark.parametrize("case", [Mixer(), Linear(), Sample()])
+@pytest.mark.parametrize("case", [Mixer(), Linear(), Linear(width=64, name="LinearInt4"), Sample()])
 def test_the_kernel_is_taken_and_not_the_function(library: Path, tmp_path: Path, case: Mixer | Linear | Sample) -> None:
     def kinds_with(path: Path | None) -> set[str]:
         options = onnxruntime.SessionOptions()
@@ -194,7 +237,7 @@ def test_the_kernel_is_taken_and_not_the_function(library: Path, tmp_path: Path,
         onnxruntime.InferenceSession(case.call().model(), options, providers=["CPUExecutionProvider"])
         return {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
 
-    name = type(case).__name__.replace("Mixer", "HyenaMixer")
+    name = case.call().function.name
     assert kinds_with(library) == {name}
     assert name not in kinds_with(None)
 
@@ -213,6 +256,15 @@ def test_wrong_shapes_are_refused(library: Path) -> None:
     call = Linear().call()
     text = message(replace(call, inputs=(torch.zeros(2, 3, 41), *call.inputs[1:])), library)
     assert "weight is [24, 40] for x of width 41" in text
+    call = Linear(width=64, name="LinearInt4").call()
+    for place, wrong, wanted in (
+        (0, torch.zeros(2, 3, 32), "weight is [24, 2, 16] for x of width 32"),
+        (0, torch.zeros(2, 3, 65), "weight is [24, 2, 16] for x of width 65"),
+        (1, torch.zeros(24, 2, 8, dtype=torch.uint8), "weight is [24, 2, 8] for x of width 64"),
+        (6, torch.zeros(24, 1, dtype=torch.float16), "weight_scale is [24, 1], expected [24, 2]"),
+    ):
+        inputs = (*call.inputs[:place], wrong, *call.inputs[place + 1 :])
+        assert wanted in message(replace(call, inputs=inputs), library)
 
 
 def test_empty_batches(library: Path) -> None:

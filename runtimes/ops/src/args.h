@@ -7,7 +7,7 @@
 namespace lhcompile {
 
 // Element types, by the numbers ONNX gives them.
-enum class Type : int32_t { none = 0, f32 = 1, i32 = 6, i64 = 7, f16 = 10, bf16 = 16, e4m3 = 17 };
+enum class Type : int32_t { none = 0, f32 = 1, u8 = 2, i32 = 6, i64 = 7, f16 = 10, bf16 = 16, e4m3 = 17 };
 
 inline int64_t size_of(Type type) {
   switch (type) {
@@ -23,6 +23,9 @@ inline int64_t size_of(Type type) {
       return 1;
   }
 }
+
+// Inputs that share a scale of 4-bit codes.
+constexpr int kBlock = 32;
 
 enum class Norm : int32_t { none, layer, rms };
 enum class Activation : int32_t { none, gelu, gelu_tanh };
@@ -42,7 +45,7 @@ struct MixerArgs {
 struct LinearArgs {
   int64_t rows, width, out;
   Type signal;       // of x, residual and y
-  Type weight_type;  // that of the signal, or e4m3 with weight_scale [out]
+  Type weight_type;  // that of the signal; e4m3 with weight_scale [out]; u8, 4-bit codes, with scales [out, width / 32]
   Type bias_type;
   Norm norm;
   Activation activation;

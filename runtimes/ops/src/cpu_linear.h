@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "vector.h"
 
@@ -84,10 +85,9 @@ void finish(const LinearArgs& a, int64_t row, int64_t out, float product) {
   narrow(product, static_cast<T*>(a.y) + row * a.out + out);
 }
 
-// R rows by N outputs: sums over the width.
+// R rows by N outputs: sums over the width. weight: of those outputs
 template <typename W, typename T, int R, int N>
-void product(const LinearArgs& a, const float* x, int64_t row, int64_t out) {
-  const W* weight = static_cast<const W*>(a.weight) + out * a.width;
+void product(const LinearArgs& a, const W* weight, const float* x, int64_t row, int64_t out) {
   const float* units = x + a.rows * a.width + row;
   x += row * a.width;
   Floats sums[R][N] = {};
@@ -104,25 +104,59 @@ void product(const LinearArgs& a, const float* x, int64_t row, int64_t out) {
     for (int n = 0; n < N; n++) {
       float total = sum(sums[r][n]);
       for (int64_t i = k; i < a.width; i++) total += x[r * a.width + i] * widen(weight[n * a.width + i]);
-      if (a.weight_scale) total *= units[r] * static_cast<const float*>(a.weight_scale)[out + n];
+      if (a.weight_type == Type::e4m3) total *= units[r] * static_cast<const float*>(a.weight_scale)[out + n];
       finish<T>(a, row + r, out + n, total);
     }
 }
 
 template <typename W, typename T, int N>
-void products(const LinearArgs& a, const float* x, int64_t row, int64_t end, int64_t out) {
-  for (; row + kRows <= end; row += kRows) product<W, T, kRows, N>(a, x, row, out);
-  for (; row < end; row++) product<W, T, 1, N>(a, x, row, out);
+void products(const LinearArgs& a, const W* weight, const float* x, int64_t row, int64_t end, int64_t out) {
+  for (; row + kRows <= end; row += kRows) product<W, T, kRows, N>(a, weight, x, row, out);
+  for (; row < end; row++) product<W, T, 1, N>(a, weight, x, row, out);
 }
 
 template <typename W, typename T>
 void linear_item(const LinearArgs& a, const float* x, int64_t item) {
-  const int64_t end = std::min(item * kChunk + kChunk, a.out);
+  const W* weight = static_cast<const W*>(a.weight);
+  const int64_t end = std::min(item * kChunk + kChunk, a.out), wide = a.width;
   for (int64_t row = 0; row < a.rows; row += kBand) {
     const int64_t last = std::min(row + kBand, a.rows);
     int64_t out = item * kChunk;
-    for (; out + kOuts <= end; out += kOuts) products<W, T, kOuts>(a, x, row, last, out);
-    for (; out < end; out++) products<W, T, 1>(a, x, row, last, out);
+    for (; out + kOuts <= end; out += kOuts) products<W, T, kOuts>(a, weight + out * wide, x, row, last, out);
+    for (; out < end; out++) products<W, T, 1>(a, weight + out * wide, x, row, last, out);
+  }
+}
+
+// The weight of an output in the signal's numbers, from 4 bits.
+template <typename T>
+void widen_codes(const LinearArgs& a, int64_t out, float* to) {
+  const int64_t blocks = a.width / kBlock;
+  const uint8_t* bytes = static_cast<const uint8_t*>(a.weight) + out * a.width / 2;
+  const Half* scales = static_cast<const Half*>(a.weight_scale) + out * blocks;
+  for (int64_t block = 0; block < blocks; block++) {
+    uint8_t codes[kBlock];
+    unpack(bytes + block * kBlock / 2, codes);
+    const float scale = widen(scales[block]);
+    for (int i = 0; i < kBlock; i += kWidth) {
+      const Ints code = reinterpret_cast<Ints>(load_bytes(codes + i)) - 8;
+      *reinterpret_cast<Floats*>(to + block * kBlock + i) = nearest<T>(__builtin_convertvector(code, Floats) * scale);
+    }
+  }
+}
+
+// A few outputs' weights are widened once, for all rows.
+template <typename T>
+void linear_item_int4(const LinearArgs& a, const float* x, int64_t item) {
+  std::vector<float> weight(static_cast<size_t>(kOuts * a.width));
+  const int64_t end = std::min(item * kChunk + kChunk, a.out);
+  int64_t out = item * kChunk;
+  for (; out + kOuts <= end; out += kOuts) {
+    for (int64_t n = 0; n < kOuts; n++) widen_codes<T>(a, out + n, weight.data() + n * a.width);
+    products<float, T, kOuts>(a, weight.data(), x, 0, a.rows, out);
+  }
+  for (; out < end; out++) {
+    widen_codes<T>(a, out, weight.data());
+    products<float, T, 1>(a, weight.data(), x, 0, a.rows, out);
   }
 }
 
@@ -130,8 +164,13 @@ inline void linear(const LinearArgs& a, const void* scratch, int64_t first, int6
   with_type(a.signal, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
     const float* x = static_cast<const float*>(scratch);
-    for (int64_t item = first; item < last; item++)
-      a.weight_type == Type::e4m3 ? linear_item<Eight, T>(a, x, item) : linear_item<T, T>(a, x, item);
+    for (int64_t item = first; item < last; item++) {
+      if (a.weight_type == Type::u8) {
+        linear_item_int4<T>(a, x, item);
+      } else {
+        a.weight_type == Type::e4m3 ? linear_item<Eight, T>(a, x, item) : linear_item<T, T>(a, x, item);
+      }
+    }
   });
 }
 

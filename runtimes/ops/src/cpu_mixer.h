@@ -35,7 +35,7 @@ inline int64_t place_of(const MixerArgs& a, int64_t part, int64_t channel) {
   return channel / a.block * 3 * a.block + part * a.block + channel % a.block;
 }
 
-// A tile's numbers of the three parts, to and from rows of 3 · channels elements.
+// A tile's numbers of the three parts, from rows of 3 · channels elements and to those of a state.
 template <typename T>
 void gather_parts(const MixerArgs& a, const Tile& t, const T* row, float (*to)[kTile]) {
   for (int64_t part = 0; part < 3; part++) {
@@ -47,12 +47,12 @@ void gather_parts(const MixerArgs& a, const Tile& t, const T* row, float (*to)[k
   }
 }
 template <typename T>
-void scatter_parts(const MixerArgs& a, const Tile& t, const float (*from)[kTile], T* row) {
+void keep_parts(const MixerArgs& a, const Tile& t, const float (*from)[kTile], T* row) {
   for (int64_t part = 0; part < 3; part++) {
     if (a.block >= 16) {
-      narrow_all(from[part], row + place_of(a, part, t.first), t.count);
+      keep_all(from[part], row + place_of(a, part, t.first), t.count);
     } else {
-      for (int64_t i = 0; i < t.count; i++) narrow(from[part][i], row + place_of(a, part, t.first + i));
+      for (int64_t i = 0; i < t.count; i++) keep(from[part][i], row + place_of(a, part, t.first + i));
     }
   }
 }
@@ -111,12 +111,12 @@ void store_state(const MixerArgs& a, const Tile& t, const float (*from)[kTile]) 
   S* to = static_cast<S*>(a.new_state);
   for (int64_t k = 0; k < a.order; k++) {
     if (!a.index) {
-      narrow_all(from[k], to + (t.row * a.order + k) * a.channels + t.first, t.count);
+      keep_all(from[k], to + (t.row * a.order + k) * a.channels + t.first, t.count);
       continue;
     }
     const int32_t* index = a.index + k * a.channels + t.first;
     for (int64_t i = 0; i < t.count; i++)
-      if (index[i] >= 0) narrow(from[k][i], to + t.row * a.states + index[i]);
+      if (index[i] >= 0) keep(from[k][i], to + t.row * a.states + index[i]);
   }
 }
 
@@ -160,7 +160,7 @@ void mix_tile(const MixerArgs& a, const Tile& t, float (*state)[kTile], Parts* t
   for (int64_t k = 0; k < past; k++)
     with_type(a.conv, [&](auto* kind) {
       using C = std::remove_pointer_t<decltype(kind)>;
-      scatter_parts(a, t, *window[k], static_cast<C*>(a.new_conv_state) + (t.row * past + k) * wide);
+      keep_parts(a, t, *window[k], static_cast<C*>(a.new_conv_state) + (t.row * past + k) * wide);
     });
 }
 

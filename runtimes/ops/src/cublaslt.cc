@@ -27,7 +27,7 @@ struct Found {
 };
 
 constexpr int kCompute32F = 68, kTransposed = 1;
-constexpr int kTransA = 3, kEpilogue = 7, kBiasPointer = 8, kScaleA = 17, kScaleB = 18, kBiasType = 26;
+constexpr int kTransA = 3, kEpilogue = 7, kBiasPointer = 8, kScaleA = 17, kScaleB = 18, kFastSums = 25, kBiasType = 26;
 constexpr int kScaleModeA = 31, kScaleModeB = 32, kOuterVector = 3;  // one scale for each row of a matrix
 constexpr int kNothing = 1, kBias = 4, kGelu = 32;                   // epilogues; they add up
 constexpr int kMaxWorkspace = 1;
@@ -135,6 +135,7 @@ const char* prepare(const Product& p, Handle handle, Plan& plan) {
   const Library& lt = library();
   int failed = lt.describe(&plan.product, kCompute32F, CUDA_R_32F);
   const int transposed = kTransposed, epilogue = epilogue_of(p), bias = cuda_type(p.type), mode = kOuterVector;
+  const int8_t fast = 1;
   auto set = [&](int attribute, const auto& value) {
     if (!failed) failed = lt.describe_set(plan.product, attribute, &value, sizeof(value));
   };
@@ -149,6 +150,7 @@ const char* prepare(const Product& p, Handle handle, Plan& plan) {
     set(kScaleModeB, mode);
     set(kScaleA, p.weight_scale);
     set(kScaleB, p.x_scale);
+    set(kFastSums, fast);  // parts of sums keep 14 bits: far more than numbers that are rounded to 8 bits do
   }
   const auto rows = static_cast<uint64_t>(p.rows), width = static_cast<uint64_t>(p.width),
              out = static_cast<uint64_t>(p.out);
@@ -163,6 +165,12 @@ const char* prepare(const Product& p, Handle handle, Plan& plan) {
   int count = 0;
   if (!failed)
     failed = lt.choose(handle, plan.product, plan.weight, plan.x, plan.y, plan.y, preference, 1, &found, &count);
+  if (p.x_scale && (failed || count == 0)) {  // few shapes have no such algorithm
+    const int8_t whole = 0;
+    failed = lt.describe_set(plan.product, kFastSums, &whole, sizeof(whole));
+    if (!failed)
+      failed = lt.choose(handle, plan.product, plan.weight, plan.x, plan.y, plan.y, preference, 1, &found, &count);
+  }
   if (preference) lt.prefer_end(preference);
   if (failed || count == 0) return "cuBLASLt has no algorithm for a product";
   plan.algorithm = found.algorithm;

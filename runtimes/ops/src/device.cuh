@@ -32,16 +32,26 @@ struct alignas(sizeof(T) * N) Vector {
 template <int kBytes>
 using Word = std::conditional_t<
     kBytes == 16, uint4,
-    std::conditional_t<kBytes == 8, unsigned long long,
+    std::conditional_t<kBytes == 8, uint2,
                        std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>>;
 
+// The bits of N numbers, which can be copied without being taken apart.
 template <typename T, int N>
-__device__ inline Vector<T, N> fetch(const T* from) {
-  using W = Word<sizeof(T) * N>;
-  const W bits = *reinterpret_cast<const W*>(from);
+using Bits = Word<sizeof(T) * N>;
+
+template <typename T, int N>
+__device__ inline Bits<T, N> fetch_bits(const T* from) {
+  return *reinterpret_cast<const Bits<T, N>*>(from);
+}
+template <typename T, int N>
+__device__ inline Vector<T, N> numbers(const Bits<T, N>& bits) {
   Vector<T, N> all;
   memcpy(&all, &bits, sizeof(bits));
   return all;
+}
+template <typename T, int N>
+__device__ inline Vector<T, N> fetch(const T* from) {
+  return numbers<T, N>(fetch_bits<T, N>(from));
 }
 template <typename T, int N>
 __device__ inline void put(const Vector<T, N>& all, T* to) {
@@ -73,9 +83,35 @@ __device__ inline void narrow(const float (&from)[N], Vector<T, N>* to) {
   }
 }
 
+
+// What a state of the type keeps: float16 its largest number in place of an infinite one; NaN stays what it is.
+template <typename T, int N>
+__device__ inline void narrow_state(const float (&from)[N], Vector<T, N>* to) {
+  narrow(from, to);
+  if constexpr (std::is_same_v<T, Half> && N % 2 == 0) {
+    const __half2 most = __half2half2(__float2half_rn(65504.0f));
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      auto* both = reinterpret_cast<__half2*>(to->element + i);
+      *both = __hmax2_nan(__hmin2_nan(*both, most), __hneg2(most));
+    }
+  } else if constexpr (std::is_same_v<T, Half>) {
+    const Half most = __float2half_rn(65504.0f);
+#pragma unroll
+    for (int i = 0; i < N; i++) to->element[i] = __hmax_nan(__hmin_nan(to->element[i], most), __hneg(most));
+  }
+}
+
 template <typename T, int N>
 __device__ inline void load(const T* from, float (&to)[N]) {
   widen(fetch<T, N>(from), to);
+}
+// Floats at an address that is a multiple of N, or of four, floats.
+template <int N>
+__device__ inline void load_floats(const float* from, float (&to)[N]) {
+  constexpr int kEach = N < 4 ? N : 4;
+#pragma unroll
+  for (int i = 0; i < N; i += kEach) load<float, kEach>(from + i, *reinterpret_cast<float(*)[kEach]>(to + i));
 }
 template <typename T, int N>
 __device__ inline void store(const float (&from)[N], T* to) {
@@ -90,9 +126,10 @@ __device__ inline float load_any(const void* from, Type type, int64_t place) {
   if (type == Type::bf16) return widen(static_cast<const Brain*>(from)[place]);
   return static_cast<const float*>(from)[place];
 }
-__device__ inline void store_any(float x, void* to, Type type, int64_t place) {
-  if (type == Type::f16) return narrow(x, static_cast<Half*>(to) + place);
-  if (type == Type::bf16) return narrow(x, static_cast<Brain*>(to) + place);
+__device__ inline void store_state(float x, void* to, Type type, int64_t place) {
+  const float one[1] = {x};
+  if (type == Type::f16) return narrow_state(one, static_cast<Vector<Half, 1>*>(to) + place);
+  if (type == Type::bf16) return narrow_state(one, static_cast<Vector<Brain, 1>*>(to) + place);
   static_cast<float*>(to)[place] = x;
 }
 

@@ -1,7 +1,8 @@
-// Linear on a GPU: a few rows by gemv.cuh; more by cuBLASLt, with a kernel for the norm before it, and one after it for
-// what cuBLASLt cannot add itself.
+// Linear on a GPU: a few rows of 16 bits by gemv.cuh and few_rows.cuh; others by cuBLASLt, with a kernel for the norm before it, one
+// that makes numbers of 4-bit codes, and one after it for what cuBLASLt cannot add itself.
 #include "cublaslt.h"
 #include "cuda.h"
+#include "few_rows.cuh"
 #include "gemv.cuh"
 
 namespace lhcompile {
@@ -32,66 +33,76 @@ __device__ float block_max(float x) {
 }
 
 // Row blockIdx.x of x → to, normalized, in vectors of V; where `units` are given, to e4m3 with a scale for the row.
-template <typename T, int V>
+// kHeld: vectors that stay with their thread.
+template <typename T, int V, int kHeld>
 __global__ void __launch_bounds__(kThreads) normalize(const __grid_constant__ LinearArgs a, void* to, float* units) {
   constexpr int kStep = kThreads * V;
+  using Numbers = const float (&)[V];
   release_next();
-  await_previous();
-  const T* x = static_cast<const T*>(a.x) + blockIdx.x * a.width;
   const int begin = threadIdx.x * V, width = static_cast<int>(a.width);
-  float mean = 0, square = 0, by = 1;
-  if (a.norm == Norm::layer) {
-    for (int i = begin; i < width; i += kStep) {
+  const auto row = static_cast<int64_t>(blockIdx.x) * width;
+  const T* x = static_cast<const T*>(a.x) + row;
+  await_previous();
+  float held[kHeld][V];
+#pragma unroll
+  for (int n = 0; n < kHeld; n++)
+    if (begin + n * kStep < width) load<T, V>(x + begin + n * kStep, held[n]);
+  auto all = [&](const auto& work) {
+#pragma unroll
+    for (int n = 0; n < kHeld; n++)
+      if (begin + n * kStep < width) work(begin + n * kStep, held[n]);
+    for (int i = begin + kHeld * kStep; i < width; i += kStep) {
       float each[V];
       load<T, V>(x + i, each);
+      work(i, each);
+    }
+  };
+  float mean = 0, square = 0, by = 1;
+  if (a.norm == Norm::layer) {
+    all([&](int, Numbers each) {
 #pragma unroll
       for (int j = 0; j < V; j++) mean += each[j];
-    }
+    });
     mean = block_sum(mean) / width;
   }
   if (a.norm != Norm::none) {
-    for (int i = begin; i < width; i += kStep) {
-      float each[V];
-      load<T, V>(x + i, each);
+    all([&](int, Numbers each) {
 #pragma unroll
       for (int j = 0; j < V; j++) square += (each[j] - mean) * (each[j] - mean);
-    }
+    });
     by = rsqrtf(block_sum(square) / width + a.epsilon);
   }
-  auto normed = [&](int i, float (&each)[V]) {
-    load<T, V>(x + i, each);
-    if (a.norm == Norm::none) return;
+  auto normed = [&](int i, Numbers each, float (&result)[V]) {
     float scale[V], shift[V] = {};
-    load<float, V>(a.norm_scale + i, scale);
-    if (a.norm_bias) load<float, V>(a.norm_bias + i, shift);
 #pragma unroll
-    for (int j = 0; j < V; j++) each[j] = (each[j] - mean) * by * scale[j] + shift[j];
+    for (int j = 0; j < V; j++) scale[j] = 1.0f;
+    if (a.norm_scale) load_floats(a.norm_scale + i, scale);
+    if (a.norm_bias) load_floats(a.norm_bias + i, shift);
+#pragma unroll
+    for (int j = 0; j < V; j++) result[j] = (each[j] - mean) * by * scale[j] + shift[j];
   };
-  if (!units) {
-    for (int i = begin; i < width; i += kStep) {
-      float each[V];
-      normed(i, each);
-      store<T, V>(each, static_cast<T*>(to) + blockIdx.x * a.width + i);
-    }
-    return;
-  }
+  if (!units) return all([&](int i, Numbers each) {
+    float result[V];
+    normed(i, each, result);
+    store<T, V>(result, static_cast<T*>(to) + row + i);
+  });
   float largest = 0;
-  for (int i = begin; i < width; i += kStep) {
-    float each[V];
-    normed(i, each);
+  all([&](int i, Numbers each) {
+    float result[V];
+    normed(i, each, result);
 #pragma unroll
-    for (int j = 0; j < V; j++) largest = fmaxf(largest, fabsf(each[j]));
-  }
+    for (int j = 0; j < V; j++) largest = fmaxf(largest, fabsf(result[j]));
+  });
   const float unit = fmaxf(block_max(largest), kSmallest) / kLargest;
   if (threadIdx.x == 0) units[blockIdx.x] = unit;
-  for (int i = begin; i < width; i += kStep) {
-    float each[V];
+  all([&](int i, Numbers each) {
+    float result[V];
     Vector<uint8_t, V> codes;
-    normed(i, each);
+    normed(i, each, result);
 #pragma unroll
-    for (int j = 0; j < V; j++) codes.element[j] = to_eight(each[j] / unit);
-    put(codes, static_cast<uint8_t*>(to) + blockIdx.x * a.width + i);
-  }
+    for (int j = 0; j < V; j++) codes.element[j] = to_eight(result[j] / unit);
+    put(codes, static_cast<uint8_t*>(to) + row + i);
+  });
 }
 
 // y = residual + activation(y + bias)
@@ -113,28 +124,62 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Linea
   store<T, V>(each, y);
 }
 
-// In scratch memory: x as it enters the product, and behind it the scales of its rows.
-size_t entering(const LinearArgs& a) {
-  const bool eight = a.weight_type == Type::e4m3;
-  if (a.norm == Norm::none && !eight) return 0;
-  return static_cast<size_t>(a.rows * a.width * (eight ? 1 : size_of(a.signal)) + 15) / 16 * 16;
+// The weight of 4-bit codes, [out, width]: a thread has sixteen bytes of codes, which share a scale.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) expand(const __grid_constant__ LinearArgs a, void* to) {
+  release_next();
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const bool there = block < a.out * (a.width / 32);
+  const auto* codes = static_cast<const uint8_t*>(a.weight) + block * 16;
+  const float scale = there ? widen(static_cast<const Half*>(a.weight_scale)[block]) : 0.0f;
+  const Vector<uint8_t, 16> bytes = there ? fetch<uint8_t, 16>(codes) : Vector<uint8_t, 16>{};
+  await_previous();  // which may still read what is written here
+  if (!there) return;
+#pragma unroll
+  for (int i = 0; i < 16; i += 2) {
+    float four[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      four[j] = scale * static_cast<float>((bytes.element[i + j / 2] >> j % 2 * 4 & 15) - 8);
+    store<T, 4>(four, static_cast<T*>(to) + block * 32 + 2 * i);
+  }
 }
+
+// In scratch memory: x as it enters the product, the scales of its rows behind it, and then the weight.
+struct Room {
+  size_t x = 0, units = 0, weight = 0;
+  explicit Room(const LinearArgs& a) {
+    const bool eight = a.weight_type == Type::e4m3;
+    auto padded = [](int64_t bytes) { return static_cast<size_t>(bytes + 255) / 256 * 256; };
+    if (a.norm != Norm::none || eight) x = padded(a.rows * a.width * (eight ? 1 : size_of(a.signal)));
+    if (eight) units = padded(a.rows * 4);
+    if (a.weight_type == Type::u8) weight = padded(a.out * a.width * size_of(a.signal));
+  }
+};
 
 template <typename T>
 const char* many_rows(const LinearArgs& a, void* scratch, void* stream) {
-  constexpr int kFew = 8 / sizeof(T);  // elements of eight bytes
-  const bool eight = a.weight_type == Type::e4m3;
-  const void* x = a.x;
-  auto* units = eight ? reinterpret_cast<float*>(static_cast<char*>(scratch) + entering(a)) : nullptr;
-  if (entering(a)) {
-    const auto kernel = a.width % kFew ? normalize<T, 1> : normalize<T, kFew>;
+  constexpr int kFew = 16 / sizeof(T);
+  const bool eight = a.weight_type == Type::e4m3, four = a.weight_type == Type::u8;
+  const Room room(a);
+  const void *x = a.x, *weight = a.weight;
+  auto* units = eight ? reinterpret_cast<float*>(static_cast<char*>(scratch) + room.x) : nullptr;
+  if (four) {
+    auto* to = static_cast<char*>(scratch) + room.x + room.units;
+    const dim3 grid(static_cast<unsigned>((a.out * (a.width / 32) + kThreads - 1) / kThreads));
+    if (const char* problem = launch(expand<T>, grid, dim3(kThreads), 0, stream, a, to)) return problem;
+    weight = to;
+  }
+  if (room.x) {
+    auto kernel = a.width > kThreads * kFew ? normalize<T, kFew, 4> : normalize<T, kFew, 1>;
+    if (a.width % kFew) kernel = normalize<T, 1, 4>;
     const dim3 grid(static_cast<unsigned>(a.rows));
     if (const char* problem = launch(kernel, grid, dim3(kThreads), 0, stream, a, scratch, units)) return problem;
     x = scratch;
   }
   Product p{};
-  p.rows = a.rows, p.width = a.width, p.out = a.out, p.type = a.signal, p.inputs = a.weight_type;
-  p.x = x, p.weight = a.weight, p.y = a.y;
+  p.rows = a.rows, p.width = a.width, p.out = a.out, p.type = a.signal, p.inputs = four ? a.signal : a.weight_type;
+  p.x = x, p.weight = weight, p.y = a.y;
   if (eight) p.x_scale = units, p.weight_scale = static_cast<const float*>(a.weight_scale);
   LinearArgs rest = a;
   if (!a.bias || (a.bias_type == a.signal && !(eight && a.signal == Type::f32))) {  // the product adds it, perhaps more
@@ -152,25 +197,28 @@ const char* many_rows(const LinearArgs& a, void* scratch, void* stream) {
 
 template <typename W, typename T>
 const char* few_or_many(const LinearArgs& a, void* scratch, void* stream) {
-  return gemv_serves<W, T>(a) ? launch_gemv<W, T>(a, stream) : many_rows<T>(a, scratch, stream);
+  return few_serves<W>(a) ? launch_few<W, T>(a, stream) : many_rows<T>(a, scratch, stream);
 }
 
 template <typename T>
 const char* linear(const LinearArgs& a, void* scratch, void* stream) {
   if (a.weight_type == Type::e4m3) return few_or_many<Eight, T>(a, scratch, stream);
+  if (gemv_serves<T>(a)) return launch_gemv<T>(a, stream);
   return few_or_many<Plain<T>, T>(a, scratch, stream);
 }
 
 }  // namespace
 
 size_t linear_scratch(const LinearArgs& a) {
-  return entering(a) + (a.weight_type == Type::e4m3 ? static_cast<size_t>(a.rows) * sizeof(float) : 0);
+  const Room room(a);
+  return room.x + room.units + room.weight;
 }
 
 const char* linear_cuda(const LinearArgs& a, void* scratch, void* stream) {
-  if (a.signal == Type::f16) return linear<Half>(a, scratch, stream);
-  if (a.signal == Type::bf16) return linear<Brain>(a, scratch, stream);
-  return linear<float>(a, scratch, stream);
+  const bool four = a.weight_type == Type::u8;
+  if (a.signal == Type::f32) return many_rows<float>(a, scratch, stream);
+  if (a.signal == Type::bf16) return four ? many_rows<Brain>(a, scratch, stream) : linear<Brain>(a, scratch, stream);
+  return four ? few_or_many<Four, Half>(a, scratch, stream) : linear<Half>(a, scratch, stream);
 }
 
 }  // namespace lhcompile

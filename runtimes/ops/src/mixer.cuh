@@ -11,23 +11,27 @@ template <typename T, typename C, typename S, int V>
 const char* launch_one(const MixerArgs& a, void* stream) {
   int lanes = kLanes;
   auto shared = [&] { return static_cast<size_t>(Rows(a).count) * lanes * V * 4; };
-  while (shared() > static_cast<size_t>(gpu().shared) && lanes > 1) lanes /= 2;
+  while (V == 1 && shared() > static_cast<size_t>(gpu().shared) && lanes > 1) lanes /= 2;
   const int64_t tiles = (a.channels + lanes * V - 1) / (lanes * V);
-  const int64_t groups = (a.batch + kRowsAtOnce - 1) / kRowsAtOnce;
-  const int64_t most = gpu().processors * 8 / tiles > 0 ? gpu().processors * 8 / tiles : 1;
-  const int64_t each = (groups + most - 1) / most * kRowsAtOnce;
+  const int64_t together = a.batch < kRowsAtOnce ? a.batch : kRowsAtOnce;  // rows of a block at a time
+  const int64_t groups = (a.batch + together - 1) / together;
+  const int64_t most = gpu().processors * kResident<V> / tiles > 0 ? gpu().processors * kResident<V> / tiles : 1;
+  const int64_t each = (groups + most - 1) / most * together;
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>((a.batch + each - 1) / each));
-  return launch(mix_one<T, C, S, V>, grid, dim3(lanes, kRowsAtOnce), shared(), stream, a, static_cast<int>(each));
+  auto kernel = a.index ? mix_one<T, C, S, V, 0, true> : mix_one<T, C, S, V, 0, false>;
+  if (a.taps == 3) kernel = a.index ? mix_one<T, C, S, V, 3, true> : mix_one<T, C, S, V, 3, false>;
+  return launch(kernel, grid, dim3(lanes, static_cast<unsigned>(together)), shared(), stream, a, static_cast<int>(each));
 }
 
-// Four channels a thread, unless they are apart or there are too few rows to keep the GPU busy.
+// Four channels a thread, unless they are apart, their tables too large, or the rows too few to keep the GPU busy.
 template <typename T, typename C, typename S>
 const char* launch_vectors(const MixerArgs& a, void* stream) {
   constexpr int64_t kFew = 32;
   auto even = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
   const bool aligned = even(a.projected) && even(a.conv_state) && even(a.state) && even(a.mixed) &&
                        even(a.new_conv_state) && even(a.new_state);
-  const bool four = a.block % 4 == 0 && aligned && a.batch >= kFew;
+  const bool fits = static_cast<size_t>(Rows(a).count) * kLanes * 16 <= static_cast<size_t>(gpu().shared) / kResident<4>;
+  const bool four = a.block % 4 == 0 && aligned && fits && a.batch >= kFew;
   return four ? launch_one<T, C, S, 4>(a, stream) : launch_one<T, C, S, 1>(a, stream);
 }
 

@@ -178,15 +178,15 @@ __global__ void mix_chunks(const __grid_constant__ MixerArgs a, const float* end
   for (int n = 0; n < a.order; n++) {
     const int place = a.index ? __float_as_int(at.tables[(rows.index + n) * w]) : 0;
     const int64_t where = a.index ? at.row * a.states + place : (at.row * a.order + n) * a.channels + at.channel;
-    if (place >= 0) store_any(cell(at.states, w, n), a.new_state, a.recurrent, where);
+    if (place >= 0) store_state(cell(at.states, w, n), a.new_state, a.recurrent, where);
   }
   const Places place{a.block, a.channels};
   const int64_t wide = 3 * a.channels, past = a.taps - 1;
   for (int p = 0; p < 3; p++)
     for (int64_t j = 0; j < past; j++) {
       const int64_t where = place(p, at.channel);
-      store_any(token_at<T>(a, at, where, a.time - past + j), a.new_conv_state, a.conv,
-                (at.row * past + j) * wide + where);
+      store_state(token_at<T>(a, at, where, a.time - past + j), a.new_conv_state, a.conv,
+                  (at.row * past + j) * wide + where);
     }
 }
 

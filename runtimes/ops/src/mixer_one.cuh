@@ -7,102 +7,133 @@
 
 namespace lhcompile {
 
-// What a thread works on: V channels from `channel` on, of one row at a time.
-template <typename T, typename C, typename S, int V>
+// What a thread works on: V channels from `channel` on, of one row at a time. kTaps: of the short convolution, 0 where
+// they are counted at run time only; kPacked: states lie where an index says.
+template <typename T, typename C, typename S, int V, int kTaps, bool kPacked>
 struct Step {
-  static constexpr int kPast = 2, kPairs = 2;  // tokens and slots that are read before anything is computed
+  static constexpr int kPast = 2, kPairs = 2;  // tokens and pairs of states that are read at once
   const MixerArgs& a;
   const Rows& rows;
   const float* tables;  // the thread's channels
   int width;            // from one row of the tables to the next
-  int channel, wide, past, half;
-  int places[3];
+  int channel, first;   // first: where its first part lies in a token; the others follow in steps of `a.block`
+  int channels, part, wide, half;
 
-  Vector<T, V> token[3];
-  Vector<C, V> old[kPast][3];
-  Vector<S, V> upper[kPairs], lower[kPairs];
+  // A row at this thread's channels, and what is read of it: the first of the past and of the states, others in turn.
+  struct Row {
+    const C* old_at;
+    C* moved_at;
+    const S* state_at;
+    S* next_at;
+    T* mixed_at;
+    Bits<T, V> token[3];
+    Bits<C, V> old[kPast][3];
+    Bits<S, V> upper[kPairs], lower[kPairs], alone;
+  };
+
+  __device__ Step(const MixerArgs& a_, const Rows& rows_, const float* tables_, int width_, int channel_)
+      : a(a_), rows(rows_), tables(tables_), width(width_), channel(channel_) {
+    channels = static_cast<int>(a.channels), part = static_cast<int>(a.block), wide = 3 * channels;
+    half = static_cast<int>(a.order / 2);
+    first = static_cast<int>(Places{a.block, a.channels}(0, channel));
+  }
+  __device__ int past() const { return kTaps ? kTaps - 1 : static_cast<int>(a.taps) - 1; }
 
   // Rows of the tables, the thread's channels of them at once.
   __device__ Vector<float, V> entries(int row) const { return fetch<float, V>(tables + row * width); }
   __device__ int index(int n, int v) const { return __float_as_int(tables[(rows.index + n) * width + v]); }
 
-  __device__ const T* projected(int64_t row) const { return static_cast<const T*>(a.projected) + row * wide; }
-  __device__ const C* before(int64_t row) const { return static_cast<const C*>(a.conv_state) + row * past * wide; }
-  __device__ C* after(int64_t row) const { return static_cast<C*>(a.new_conv_state) + row * past * wide; }
-
-  __device__ Vector<S, V> state(int64_t row, int n) const {
-    const S* from = static_cast<const S*>(a.state);
-    const int64_t rectangle = row * a.order * a.channels + n * static_cast<int>(a.channels) + channel;
-    if (!a.index) return fetch<S, V>(from + rectangle);
-    Vector<S, V> found;
+  __device__ Bits<S, V> state(const Row& row, int n) const {
+    if constexpr (kPacked) {
+      Vector<S, V> found;
 #pragma unroll
-    for (int v = 0; v < V; v++) {
-      const int place = index(n, v);
-      if (place < 0) {
-        narrow(0.0f, &found.element[v]);
-      } else {
-        found.element[v] = from[row * a.states + place];
+      for (int v = 0; v < V; v++) {
+        const int place = index(n, v);
+        if (place < 0) {
+          narrow(0.0f, &found.element[v]);
+        } else {
+          found.element[v] = row.state_at[place];
+        }
       }
+      Bits<S, V> bits;
+      memcpy(&bits, &found, sizeof(bits));
+      return bits;
+    } else {
+      return fetch_bits<S, V>(row.state_at + n * channels);
     }
-    return found;
   }
-  __device__ void keep(int64_t row, int n, const Vector<float, V>& next) const {
-    S* to = static_cast<S*>(a.new_state);
-    if (!a.index)
-      return store<S, V>(next.element, to + row * a.order * a.channels + n * static_cast<int>(a.channels) + channel);
+  __device__ void keep(const Row& row, int n, const Vector<float, V>& next) const {
+    Vector<S, V> kept;
+    narrow_state(next.element, &kept);
+    if constexpr (kPacked) {
 #pragma unroll
-    for (int v = 0; v < V; v++)
-      if (index(n, v) >= 0) narrow(next.element[v], to + row * a.states + index(n, v));
+      for (int v = 0; v < V; v++)
+        if (index(n, v) >= 0) row.next_at[index(n, v)] = kept.element[v];
+    } else {
+      put(kept, row.next_at + n * channels);
+    }
   }
 
-  __device__ void read_past(int64_t row, int base) {
+  __device__ void read_past(Row& row, int base) const {
 #pragma unroll
     for (int j = 0; j < kPast; j++)
-      if (base + j < past)
+      if (base + j < past())
 #pragma unroll
-        for (int p = 0; p < 3; p++) old[j][p] = fetch<C, V>(before(row) + (base + j) * wide + places[p]);
+        for (int p = 0; p < 3; p++) row.old[j][p] = fetch_bits<C, V>(row.old_at + (base + j) * wide + p * part);
   }
-  __device__ void read_states(int64_t row, int base) {
+  __device__ void read_states(Row& row, int base) const {
 #pragma unroll
     for (int j = 0; j < kPairs; j++)
-      if (base + j < half) upper[j] = state(row, base + j), lower[j] = state(row, base + j + half);
+      if (base + j < half) row.upper[j] = state(row, base + j), row.lower[j] = state(row, base + j + half);
   }
   // Everything a common row needs is on its way before anything waits for it.
-  __device__ void read(int64_t row) {
+  __device__ void read(int64_t number, Row& row) const {
+    const int64_t past_at = number * past() * wide + first;
+    const int64_t states_at = kPacked ? number * a.states : number * a.order * channels + channel;
+    row.old_at = static_cast<const C*>(a.conv_state) + past_at;
+    row.moved_at = static_cast<C*>(a.new_conv_state) + past_at;
+    row.state_at = static_cast<const S*>(a.state) + states_at;
+    row.next_at = static_cast<S*>(a.new_state) + states_at;
+    row.mixed_at = static_cast<T*>(a.mixed) + number * channels + channel;
+    const T* token_at = static_cast<const T*>(a.projected) + number * wide + first;
 #pragma unroll
-    for (int p = 0; p < 3; p++) token[p] = fetch<T, V>(projected(row) + places[p]);
+    for (int p = 0; p < 3; p++) row.token[p] = fetch_bits<T, V>(token_at + p * part);
     read_past(row, 0);
     read_states(row, 0);
+    if (a.order % 2) row.alone = state(row, 2 * half);
   }
 
   // The short convolution, which also moves the past along: → the three parts
-  __device__ void convolve(int64_t row, float (&mixed)[3][V]) {
+  __device__ void convolve(Row& row, float (&mixed)[3][V]) const {
+    float last[3][V];
 #pragma unroll
     for (int p = 0; p < 3; p++) {
-      const Vector<float, V> bias = entries(rows.bias + p), weight = entries(3 * past + p);
+      const Vector<float, V> bias = entries(rows.bias + p), weight = entries(3 * past() + p);
+      widen(numbers<T, V>(row.token[p]), last[p]);
 #pragma unroll
-      for (int v = 0; v < V; v++) mixed[p][v] = bias.element[v] + weight.element[v] * widen(token[p].element[v]);
+      for (int v = 0; v < V; v++) mixed[p][v] = bias.element[v] + weight.element[v] * last[p][v];
     }
-    for (int base = 0; base < past; base += kPast) {
+    for (int base = 0; base < past(); base += kPast) {
       if (base > 0) read_past(row, base);
 #pragma unroll
       for (int j = 0; j < kPast; j++)
-        if (base + j < past)
+        if (base + j < past())
 #pragma unroll
           for (int p = 0; p < 3; p++) {
             const Vector<float, V> weight = entries(3 * (base + j) + p);
+            const Vector<C, V> before = numbers<C, V>(row.old[j][p]);
 #pragma unroll
-            for (int v = 0; v < V; v++) mixed[p][v] += weight.element[v] * widen(old[j][p].element[v]);
-            if (base + j > 0) put(old[j][p], after(row) + (base + j - 1) * wide + places[p]);
+            for (int v = 0; v < V; v++) mixed[p][v] += weight.element[v] * widen(before.element[v]);
+            if (base + j > 0)
+              *reinterpret_cast<Bits<C, V>*>(row.moved_at + (base + j - 1) * wide + p * part) = row.old[j][p];
           }
     }
-    if (past == 0) return;
+    if (past() == 0) return;
 #pragma unroll
     for (int p = 0; p < 3; p++) {
-      float last[V];
-#pragma unroll
-      for (int v = 0; v < V; v++) last[v] = widen(token[p].element[v]);
-      store<C, V>(last, after(row) + (past - 1) * wide + places[p]);
+      Vector<C, V> newest;
+      narrow_state(last[p], &newest);
+      put(newest, row.moved_at + (past() - 1) * wide + p * part);
     }
   }
 
@@ -114,76 +145,75 @@ struct Step {
     Vector<float, V> next;
 #pragma unroll
     for (int v = 0; v < V; v++) {
-      next.element[v] = own.element[v] * s[v] + other.element[v] * partner[v] + u[v];
+      next.element[v] = own.element[v] * s[v] + (other.element[v] * partner[v] + u[v]);
       y[v] += out.element[v] * next.element[v];
     }
     return next;
   }
 
-  // All states; u is what the system hears → y
-  __device__ void advance(int64_t row, const float (&u)[V], float (&y)[V]) {
+  // All states; u is what the system hears → y. The next pairs are on their way while some are computed.
+  __device__ void advance(Row& row, const float (&u)[V], float (&y)[V]) const {
     const Vector<float, V> direct = entries(rows.direct);
 #pragma unroll
     for (int v = 0; v < V; v++) y[v] = direct.element[v] * u[v];
     for (int base = 0; base < half; base += kPairs) {
-      if (base > 0) read_states(row, base);
+      float s[kPairs][V], t[kPairs][V];
+#pragma unroll
+      for (int j = 0; j < kPairs; j++) widen(numbers<S, V>(row.upper[j]), s[j]), widen(numbers<S, V>(row.lower[j]), t[j]);
+      if (base + kPairs < half) read_states(row, base + kPairs);
 #pragma unroll
       for (int j = 0; j < kPairs; j++)
         if (base + j < half) {
           const int n = base + j, m = n + half;
-          float s[V], t[V];
-          widen(upper[j], s);
-          widen(lower[j], t);
-          keep(row, n, next_of(n, s, t, u, y));
-          keep(row, m, next_of(m, t, s, u, y));
+          keep(row, n, next_of(n, s[j], t[j], u, y));
+          keep(row, m, next_of(m, t[j], s[j], u, y));
         }
     }
     if (a.order % 2 == 0) return;
-    const int n = 2 * half;
-    float alone[V];
-    widen(state(row, n), alone);
-    keep(row, n, next_of(n, alone, alone, u, y));
+    float s[V];
+    widen(numbers<S, V>(row.alone), s);
+    keep(row, 2 * half, next_of(2 * half, s, s, u, y));
   }
 
-  __device__ void run(int64_t row) {
+  __device__ void run(Row& row) const {
     float mixed[3][V], u[V], y[V];
-    read(row);
     convolve(row, mixed);
 #pragma unroll
     for (int v = 0; v < V; v++) u[v] = heard_of(a.outer, mixed[0][v], mixed[1][v], mixed[2][v]);
     advance(row, u, y);
 #pragma unroll
     for (int v = 0; v < V; v++) y[v] *= gate_of(a.outer, mixed[0][v], mixed[1][v], mixed[2][v]);
-    store<T, V>(y, static_cast<T*>(a.mixed) + row * a.channels + channel);
+    store<T, V>(y, row.mixed_at);
   }
 };
 
-template <typename T, typename C, typename S, int V>
-__global__ void __launch_bounds__(kLanes* kRowsAtOnce, V == 4 ? 2 : 4)
+// Blocks of a multiprocessor.
+template <int V>
+constexpr int kResident = V == 4 ? 2 : 4;
+
+template <typename T, typename C, typename S, int V, int kTaps, bool kPacked>
+__global__ void __launch_bounds__(kLanes* kRowsAtOnce, kResident<V>)
     mix_one(const __grid_constant__ MixerArgs a, int rows_each) {
   extern __shared__ float4 memory[];
   float* all = reinterpret_cast<float*>(memory);
   const Rows rows(a);
-  const int width = blockDim.x * V;
+  const int width = V == 4 ? kLanes * V : blockDim.x * V;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * width, c = first + threadIdx.x * V;
   release_next();
   fill_tables(a, rows, all, width, first);
   __syncthreads();
   await_previous();
   if (c >= a.channels) return;
-  const Places place{a.block, a.channels};
-  Step<T, C, S, V> step{a,
-                        rows,
-                        all + threadIdx.x * V,
-                        width,
-                        static_cast<int>(c),
-                        static_cast<int>(3 * a.channels),
-                        static_cast<int>(a.taps - 1),
-                        static_cast<int>(a.order / 2),
-                        {static_cast<int>(place(0, c)), static_cast<int>(place(1, c)), static_cast<int>(place(2, c))}};
-  const int64_t begin = static_cast<int64_t>(blockIdx.y) * rows_each;
-  const int64_t end = begin + rows_each < a.batch ? begin + rows_each : a.batch;
-  for (int64_t row = begin + threadIdx.y; row < end; row += blockDim.y) step.run(row);
+  const Step<T, C, S, V, kTaps, kPacked> step(a, rows, all + threadIdx.x * V, width, static_cast<int>(c));
+  const int64_t begin = static_cast<int64_t>(blockIdx.y) * rows_each + threadIdx.y;
+  const int64_t end = min((blockIdx.y + int64_t{1}) * rows_each, a.batch);
+  typename Step<T, C, S, V, kTaps, kPacked>::Row now, next;
+  if (begin < end) step.read(begin, next);
+  for (int64_t row = begin; row < end; row += blockDim.y) {
+    now = next;
+    if (row + blockDim.y < end) step.read(row + blockDim.y, next);
+    step.run(now);
+  }
 }
 
 }  // namespace lhcompile

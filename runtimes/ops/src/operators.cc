@@ -195,9 +195,12 @@ struct LinearKernel {
     args.rows = 1;
     for (size_t axis = 0; axis + 1 < x.shape.size(); axis++) args.rows *= x.shape[axis];
     args.signal = x.type, args.weight_type = weight.type;
-    require(weight.shape.size() == 2 && weight.shape[1] == args.width,
+    args.out = weight.shape.empty() ? 0 : weight.shape[0];
+    const bool codes = weight.type == Type::u8;
+    const Shape blocks{args.out, args.width / kBlock};
+    const Shape stored = codes ? Shape{blocks[0], blocks[1], kBlock / 2} : Shape{args.out, args.width};
+    require(weight.shape == stored && (!codes || args.width % kBlock == 0),
             "weight is " + text(weight.shape) + " for x of width " + std::to_string(args.width));
-    args.out = weight.shape[0];
     Shape shape = x.shape;
     shape.back() = args.out;
     Input bias = input(context, 2, "bias", {args.out});
@@ -208,9 +211,7 @@ struct LinearKernel {
     args.norm_bias = table(context, 5, "norm_bias", {args.width});
     require((norm == Norm::none) == (args.norm_scale == nullptr), "norm_scale and norm go together");
     if (context.GetInputCount() > 6) {
-      Input scale(context.GetInput(6));
-      require(!scale || scale.shape == Shape{args.out}, "weight_scale is " + text(scale.shape));
-      args.weight_scale = scale.data;
+      args.weight_scale = input(context, 6, "weight_scale", codes ? blocks : Shape{args.out}).data;
     }
     args.x = x.data, args.weight = weight.data;
     args.y = context.GetOutput(0, shape).GetTensorMutableRawData();
@@ -318,6 +319,8 @@ struct Registry {
                          std::vector<Type>{signal});
     linears.emplace_back("LinearFp8", device, std::vector<Type>{signal, Type::e4m3, bias, signal, f, f, f}, 0b1000011,
                          std::vector<Type>{signal});
+    linears.emplace_back("LinearInt4", device, std::vector<Type>{signal, Type::u8, bias, signal, f, f, Type::f16},
+                         0b1000011, std::vector<Type>{signal});
   }
 
   void add(Device device) {

@@ -4,10 +4,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "args.h"
 
-#if defined(__AVX__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -23,6 +24,7 @@ constexpr int kWidth = 4;
 
 typedef float Floats __attribute__((vector_size(kWidth * 4), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(kWidth * 4), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(kWidth * 4), aligned(4)));
 typedef uint8_t Bytes __attribute__((vector_size(kWidth), aligned(1)));
 typedef uint16_t Halves __attribute__((vector_size(kWidth * 2), aligned(2)));
 
@@ -50,6 +52,17 @@ inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
+// Compilers take such a conversion apart.
+inline Words load_bytes(const void* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Words>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
+#else
+  return __builtin_convertvector(*static_cast<const Bytes*>(from), Words);
+#endif
+}
+
 inline float widen(float x) { return x; }
 inline float widen(Brain x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 inline float widen(Half x) {
@@ -71,7 +84,7 @@ inline float widen(Eight x) {
   return x.bits & 0x80u ? -value : value;
 }
 inline Floats load(const Eight* from) {
-  const Words bits = __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Words);
+  const Words bits = load_bytes(from);
   const Floats value = reinterpret_cast<Floats>((bits & 0x7fu) << 20) * 0x1p120f;
   return reinterpret_cast<Floats>(reinterpret_cast<Words>(value) | (bits & 0x80u) << 24);
 }
@@ -105,6 +118,14 @@ inline void narrow(float x, Half* to) {
   }
   to->bits = static_cast<uint16_t>(half | sign);
 #endif
+}
+
+// A state: float16 stops at its largest number. NaN stays NaN.
+template <typename T>
+void keep(float x, T* to) {
+  constexpr float kMost = 65504.0f;
+  if constexpr (std::is_same_v<T, Half>) x = x > kMost ? kMost : x < -kMost ? -kMost : x;
+  narrow(x, to);
 }
 
 inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
@@ -146,6 +167,42 @@ void widen_all(const T* from, float* to, int64_t n) {
 template <typename T>
 void narrow_all(const float* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; i++) narrow(from[i], to + i);
+}
+template <typename T>
+void keep_all(const float* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) keep(from[i], to + i);
+}
+
+// Codes of 4 bits from 16 bytes, the first in the lower half.
+inline void unpack(const uint8_t* bytes, uint8_t (&codes)[32]) {
+#if defined(__SSE2__)
+  const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)), low = _mm_set1_epi8(15);
+  const __m128i even = _mm_and_si128(both, low), odd = _mm_and_si128(_mm_srli_epi16(both, 4), low);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm_unpacklo_epi8(even, odd));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm_unpackhi_epi8(even, odd));
+#else
+  for (int i = 0; i < 16; i++) codes[2 * i] = bytes[i] & 15, codes[2 * i + 1] = bytes[i] >> 4;
+#endif
+}
+
+// The nearest numbers of an element type.
+template <typename T>
+Floats nearest(Floats x) {
+  if constexpr (std::is_same_v<T, Half>) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm512_cvtps_ph(reinterpret_cast<__m512>(x), 0)));
+#elif defined(__F16C__)
+    return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm256_cvtps_ph(reinterpret_cast<__m256>(x), 0)));
+#endif
+  }
+  if constexpr (!std::is_same_v<T, float>) {
+    for (int i = 0; i < kWidth; i++) {
+      T as;
+      narrow(x[i], &as);
+      x[i] = widen(as);
+    }
+  }
+  return x;
 }
 
 // Calls work with a null pointer of the element type.

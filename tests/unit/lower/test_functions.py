@@ -55,6 +55,15 @@ def test_linear(name: str, one_token: bool, signal: ir.DataType) -> None:
     assert error(given, wanted) < ROUNDED[signal]
 
 
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("signal", [FLOAT, HALF, BRAIN])
+def test_linear_of_four_bits(name: str, signal: ir.DataType) -> None:
+    linear = replace(FORMS[name], signal=signal, width=64, name="LinearInt4")
+    (given,), (wanted,) = run(linear.call()), linear.expected()
+    assert given.dtype == linear.call().inputs[0].dtype
+    assert error(given, wanted) < ROUNDED[signal]
+
+
 @pytest.mark.parametrize("step", [0.0, 0.5])
 @pytest.mark.parametrize("signal", [FLOAT, HALF])
 def test_sample(step: float, signal: ir.DataType) -> None:
@@ -79,7 +88,7 @@ def test_a_uniform_number_at_the_edge_of_a_token_takes_the_next() -> None:
 
 
 def test_models_with_functions_are_valid() -> None:
-    for case in (Mixer(packed=True, time=2), Linear(norm="rms"), Sample()):
+    for case in (Mixer(packed=True, time=2), Linear(norm="rms"), Linear(width=64, name="LinearInt4"), Sample()):
         onnx.checker.check_model(onnx.load_model_from_string(case.call().model()), full_check=True)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lhruntime.sampling import Sampler
-from models import ORDERS, TINY_MODELS, WIDTH, Hyena, Mixer, program_of, with_modal
+from models import ORDERS, TINY_MODELS, VOCAB, WIDTH, Hyena, Mixer, of_width, program_of, with_modal
 from streams import assert_parity, serialized, torch_stream
 from torch import Tensor
 
@@ -23,7 +25,8 @@ from lhcompile.artifacts import Lowered, Program
 from lhcompile.config import QuantizeConfig
 from lhcompile.lower import complete, lower
 from lhcompile.lower.fuse import fuse
-from lhcompile.quantize import keep_states, kept_in, quantize
+from lhcompile.quantize import Plan, keep_states, kept_in, plan_weights, quantize
+from lhcompile.quantize.blocks import BLOCK
 from lhcompile.streamify import streamify
 
 Run = Callable[[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]
@@ -34,22 +37,24 @@ LIBRARY = Path(os.environ.get("LHCOMPILE_OPS", Path(__file__).parents[3] / "buil
 
 
 @cache
-def streamed(name: str, form: str) -> Program:
-    program = program_of(*TINY_MODELS[name])
+def streamed(name: str, form: str, width: int = WIDTH) -> Program:
+    with of_width(width):
+        program = program_of(*TINY_MODELS[name])
     if form != "exact":
         program = with_modal(program, orders=ORDERS if form == "packed" else None)
     return streamify(program)
 
 
 @cache
-def for_cuda(name: str, form: str) -> Lowered:
-    return lower(streamed(name, form), "cuda")
+def for_cuda(name: str, form: str, width: int = WIDTH) -> Lowered:
+    return lower(streamed(name, form, width), "cuda")
 
 
 @cache
-def one_layer() -> tuple[Program, Lowered]:
+def one_layer(width: int = WIDTH) -> tuple[Program, Lowered]:
     """A Hyena of one layer and states of one order; not to be changed."""
-    program = streamify(with_modal(program_of(Hyena)))
+    with of_width(width):
+        program = streamify(with_modal(program_of(Hyena)))
     return program, lower(program, "cuda")
 
 
@@ -199,12 +204,13 @@ def test_functions_stand_for_kernels(name: str, form: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "form"), LOWERED[1:])
-@pytest.mark.parametrize("precision", ["none", "fp16"])
+@pytest.mark.parametrize("precision", ["none", "fp16", "int4"])
 def test_kernels_are_the_functions(name: str, form: str, precision: str) -> None:
     if not LIBRARY.exists():
         message = f"the operators are NOT TESTED: {LIBRARY} is not built (make ops)"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    program, lowered = streamed(name, form), complete(quantized(for_cuda(name, form), precision))
+    width = BLOCK if precision == "int4" else WIDTH
+    program, lowered = streamed(name, form, width), complete(quantized(for_cuda(name, form, width), precision))
     mine, theirs = stream(lowered, LIBRARY), stream(lowered)
     logits, states = mine(tokens(program), [state.zeros(3) for state in program.states])
     expected, after = theirs(tokens(program), [state.zeros(3) for state in program.states])
@@ -252,12 +258,13 @@ def test_wrong_nodes_are_caught(mutate: Callable[[ir.Model], None]) -> None:
 # ---- precisions ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("precision", "share"), [("fp16", 2e-3), ("bf16", 2e-2), ("fp8", 0.1)])
+@pytest.mark.parametrize(("precision", "share"), [("fp16", 2e-3), ("bf16", 2e-2), ("fp8", 0.1), ("int4", 2e-3)])
 @pytest.mark.parametrize(("name", "form"), LOWERED[1:])
 def test_precisions_of_signals(name: str, form: str, precision: str, share: float) -> None:
-    """Half of the gate's tolerance or less; int8 and int4 spell their projections out."""
-    result = quantize(for_cuda(name, form), QuantizeConfig(quantize=precision))  # type: ignore[arg-type]
-    assert 0 < difference(complete(result.lowered), complete(result.rounded), streamed(name, form)) <= share
+    """Half of the gate's tolerance or less; int8 spells its projections out."""
+    width = BLOCK if precision == "int4" else WIDTH
+    result = quantize(for_cuda(name, form, width), QuantizeConfig(quantize=precision))  # type: ignore[arg-type]
+    assert 0 < difference(complete(result.lowered), complete(result.rounded), streamed(name, form, width)) <= share
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -272,21 +279,117 @@ def test_nothing_between_fused_operators_is_float32(precision: str) -> None:
         assert {value.dtype for value in (*model.graph.inputs[1:], *model.graph.outputs)} == {ir.DataType.FLOAT}
 
 
+def test_projections_of_whole_blocks_read_four_bits() -> None:
+    graphs = complete(quantized(one_layer(BLOCK)[1], "int4"))
+    for model in (graphs.step, graphs.prefill):
+        found = [node for node in model.graph if node.domain]
+        assert [node.op_type for node in found] == ["LinearInt4", "HyenaMixer", "LinearInt4", "LinearInt4"]
+        assert {node.outputs[0].dtype for node in found} == {ir.DataType.FLOAT16}
+        assert Counter(node.op_type for node in model.graph)["Cast"] == 2  # codes that are looked up, and the logits
+        head = found[-1]
+        shapes = [(value.dtype, tuple(value.shape or ())) for value in (head.inputs[1], head.inputs[6]) if value]
+        assert shapes == [(ir.DataType.UINT8, (VOCAB, 1, 16)), (ir.DataType.FLOAT16, (VOCAB, 1))]
+
+
+def test_projections_in_eight_bits_have_sizes_of_sixteens() -> None:
+    """cuBLASLt takes no others; the head of this vocabulary is one."""
+    graphs = complete(quantized(one_layer(BLOCK)[1], "fp8"))
+    for model in (graphs.step, graphs.prefill):
+        found = [node for node in model.graph if node.op_type in ("Linear", "LinearFp8")]
+        sizes = [tuple(node.inputs[1].shape or ()) for node in found if node.inputs[1] is not None]
+        assert [all(size % 16 == 0 for size in each) for each in sizes] == [n.op_type == "LinearFp8" for n in found]
+        assert {node.op_type for node in found} == {"Linear", "LinearFp8"}
+
+
+@pytest.mark.parametrize(("other", "kinds"), [("fp16", ["Linear"]), ("int8", ["MatMulNBits"])])
+def test_projections_that_get_more_bits(other: str, kinds: list[str]) -> None:
+    """Beside LinearInt4: fp16 in a fused one, int8 spelled out."""
+    program, lowered = one_layer(BLOCK)
+    head = next(node for node in reversed(lowered.prefill.graph) if node.op_type == "Linear").inputs[1]
+    assert head is not None
+    assert head.const_value is not None
+    rows = np.ascontiguousarray(head.const_value.numpy())
+    plan = Plan({(False, hashlib.sha256(rows.data).digest(), *rows.shape): other})
+    result = quantize(lowered, QuantizeConfig(quantize="int4"), plan)
+    for model in (result.lowered.step, result.lowered.prefill):
+        found = [node.op_type for node in model.graph if node.op_type.startswith(("Linear", "MatMul", "Hyena"))]
+        assert found == ["LinearInt4", "HyenaMixer", "LinearInt4", *kinds]
+    share = difference(complete(result.lowered), complete(result.rounded), program)
+    assert 0 < share <= (2e-3 if other == "fp16" else 2e-2)
+
+
+@pytest.mark.parametrize(("budget", "fewest"), [(1.0, 3), (1e-7, 0)])
+def test_a_budget_chooses_among_forms_of_projections(budget: float, fewest: int) -> None:
+    """Weights are tried in the fused graph; those that stay in int4 are read by LinearInt4, those of fp16 by Linear."""
+    program, lowered = one_layer(BLOCK)
+    config = QuantizeConfig(quantize="int4")
+    plan = plan_weights(lowered, config, budget, tokens(program), False)
+    matrices = Counter(precision for key, precision in plan.precisions.items() if not key[0])
+    assert matrices.total() == 3
+    assert (matrices["int4"] == 3) if fewest else (matrices["int4"] < 3)
+    result = quantize(lowered, config, plan)
+    for model in (result.lowered.step, result.lowered.prefill):
+        found = Counter(node.op_type for node in model.graph)
+        readers = {"int4": found["LinearInt4"], "int8": found["MatMulNBits"], "fp16": found["Linear"] + found["MatMul"]}
+        assert +Counter(readers) == matrices
+    assert difference(complete(result.lowered), complete(result.rounded), program) <= 2e-2
+
+
+def test_a_tied_head_and_its_embedding_are_one() -> None:
+    """Entries of 4 bits are stored as the head is."""
+    _, lowered = one_layer(BLOCK)
+    graphs = [model.clone() for model in (lowered.step, lowered.prefill)]
+    for model in graphs:
+        table = next(node for node in model.graph if node.op_type == "Gather").inputs[0]
+        head = next(node for node in reversed(model.graph) if node.op_type == "Linear")
+        head.replace_input_with(1, table)
+    tied = quantized(replace(lowered, step=graphs[0], prefill=graphs[1]), "int4")
+    for model in (tied.step, tied.prefill):
+        head = next(node for node in reversed(model.graph) if node.op_type == "LinearInt4")
+        gathered = {node.inputs[0] for node in model.graph if node.op_type == "Gather"}
+        assert {head.inputs[1], head.inputs[6]} <= gathered
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_integers_keep_the_mixer(precision: str) -> None:
     found = Counter(node.op_type for node in complete(quantized(one_layer()[1], precision)).step.graph)
     assert (found["HyenaMixer"], found["MatMulNBits"], found["Linear"]) == (1, 3, 0)
 
 
-def test_states_kept_in_half_precision_stop_at_its_largest_number() -> None:
+def kept_in_half(lowered: Lowered, program: Program) -> Lowered:
+    return complete(keep_states(lowered, kept_in(program.states, "float16", None)))
+
+
+@pytest.mark.parametrize("precision", ["none", "fp16"])
+def test_the_mixer_keeps_states_of_half_precision_itself(precision: str) -> None:
     program, lowered = one_layer()
-    half = quantized(lowered, "fp16")
-    kept = keep_states(half, kept_in(program.states, "float16", None))
-    graphs = complete(kept)
-    clipped = Counter(node.op_type for node in graphs.step.graph)["Clip"]
-    assert clipped == len(program.states)
-    assert {value.dtype for value in graphs.step.graph.inputs[1:]} == {ir.DataType.FLOAT16}
+    half = lowered if precision == "none" else quantized(lowered, precision)
+    graphs = kept_in_half(half, program)
+    for model, plain in ((graphs.step, half.step), (graphs.prefill, half.prefill)):
+        assert [node.op_type for node in model.graph] == [node.op_type for node in plain.graph]  # no Cast, no Clip
+        mixer = next(node for node in model.graph if node.op_type == "HyenaMixer")
+        assert list(mixer.inputs[1:3]) == list(model.graph.inputs[1:])
+        assert list(mixer.outputs[1:]) == list(model.graph.outputs[1:])
+        assert {value.dtype for value in (*mixer.inputs[1:3], *mixer.outputs[1:])} == {ir.DataType.FLOAT16}  # type: ignore[union-attr]
     assert difference(graphs, complete(half), program) <= 2e-3
+
+
+def test_states_that_others_read_are_cast() -> None:
+    """One that something besides the mixer reads, and one whose successor is read."""
+    program, lowered = one_layer()
+    for place in (1, 2):
+        model = lowered.step.clone()
+        read = model.graph.inputs[1] if place == 1 else model.graph.outputs[1]
+        other = ir.node("ReduceMax", [read], {"keepdims": 0})
+        other.outputs[0].name, other.outputs[0].type = "largest", ir.TensorType(ir.DataType.FLOAT)
+        model.graph.append(other)
+        model.graph.outputs.append(other.outputs[0])
+        step = kept_in_half(replace(lowered, step=model), program).step
+        found = Counter(node.op_type for node in step.graph)
+        assert (found["Cast"], found["Clip"]) == (2, 1)
+        mixer = next(node for node in step.graph if node.op_type == "HyenaMixer")
+        assert [value.dtype for value in mixer.inputs[1:3]] == [ir.DataType.FLOAT, ir.DataType.FLOAT16]  # type: ignore[union-attr]
+        onnxruntime.InferenceSession(serialized(step), providers=["CPUExecutionProvider"])
 
 
 # ---- the next token ------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from lhcompile.config import QuantizeConfig
 from lhcompile.errors import LowerError
 from lhcompile.lower import write_graphs
 from lhcompile.quantize import Part, Quantized, quantize
+from lhcompile.quantize.int4 import int4_table
+from lhcompile.quantize.weights import Use
 
 from .toy import INSIDE, KEPT, QUANTIZED, VOCAB, WIDTH, inputs, run, session, toy
 
@@ -269,6 +271,23 @@ def test_a_weight_that_16_bits_cannot_hold() -> None:
     with pytest.raises(LowerError, match=r"^head: fp16 cannot hold its largest weight \d.*e\+05; bf16 can$"):
         quantize(source, QuantizeConfig(quantize="fp16"))
     quantize(source, QuantizeConfig(quantize="bf16"))
+
+
+def test_a_weight_that_scales_of_16_bits_cannot_hold() -> None:
+    """In an embedding of whole blocks, as `cuda` stores it."""
+    ids = ir.Value(name="ids")
+    for size, fits in ((5.7e4, True), (5.8e4, False)):
+        array = np.zeros((VOCAB, 64), np.float32)
+        array[3, 5] = -size
+        entries = ir.Value(name="embedding", const_value=ir.tensor(array), shape=ir.Shape(array.shape))
+        use = Use(ir.node("Gather", [entries, ids]), 0)
+        if fits:
+            stored = int4_table().store(use)
+            assert np.isfinite(stored.values().astype(np.float16)).all()
+            assert abs(stored.values()[3, 5] / -size - 1) < 1e-3
+        else:
+            with pytest.raises(LowerError, match=r"^embedding: int4 cannot hold its largest weight 5.8e\+04"):
+                int4_table().store(use)
 
 
 def test_gemm_is_a_product_too() -> None:

@@ -53,6 +53,30 @@ def test_errors_stay_within_the_bound(kind: str, bits: int, block: int | None) -
         assert bool((error <= bound * FLOAT32).all())
 
 
+@pytest.mark.parametrize("kind", ["normal", "outliers", "one number a row", "constant"])
+def test_scales_of_float16(kind: str) -> None:
+    """Codes are the best there are for the scales as they are stored, and the error grows by what these are off."""
+    w = weights(kind, 40, 64)
+    codes = round_rows(w, 4, 32, np.float16)
+    assert codes.scales.dtype == np.float16
+    steps = w.reshape(40, 2, 32) / codes.scales.astype(np.float32)[..., None]
+    assert np.array_equal(codes.codes.reshape(40, 2, 32), np.clip(np.rint(steps), -8, 7))
+    error, bound = (np.sqrt(each) for each in square_errors(w, codes))
+    off = np.sqrt(32) * 8 * 2.0**-11 * np.abs(codes.scales.astype(np.float64))
+    assert bool((error <= bound * (1 + FLOAT32) + off).all())
+    plain = np.sqrt(square_errors(w, round_rows(w, 4, 32))[0])
+    assert bool((np.abs(error - plain) <= off).all())
+
+
+def test_scales_below_float16() -> None:
+    """No scale becomes zero: what is smaller than a step of the least is zero."""
+    w = np.array([[1e-9], [-3e-8], [2e-7], [0]], np.float32) * np.linspace(-1, 1, 32, dtype=np.float32)
+    codes = round_rows(w, 4, 32, np.float16)
+    assert bool((codes.scales != 0).all())
+    assert bool((np.abs(codes.values() - w) <= 2.0**-24).all())
+    assert not codes.codes[[0, 3]].any()
+
+
 @pytest.mark.parametrize(("bits", "gain"), [(4, 0.85), (8, 0.99)])
 def test_better_than_scaling_by_the_largest(bits: int, gain: float) -> None:
     """The error of normal weights, against scale = max|w| / (2^(bits−1) − 1)."""
