@@ -10,7 +10,8 @@ order 4) has random weights, so only its sizes and speeds mean anything. Steps a
 cells of a model within one run, two threads, batch 1; figures are medians. The floor of a step is the time in which
 the weights that it reads come from memory, at the rate at which a matrix-vector product of 400 MB reads them; the
 embedding, of which a step reads one row, does not count. The graphs for web and mcu run in onnxruntime on the same CPU
-like the others: web prefills 32 tokens a call, mcu has no prefill and steps.
+like the others: web prefills 32 tokens a call, mcu has no prefill and steps. Those for cuda have no times here, for on
+a CPU they run as the functions that specify their operators; `bench.decode_cuda` has those of a GPU.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ from lhcompile.load.safari import HyenaConfig, HyenaLM
 
 EXAMPLE = Path(__file__).parents[1] / "examples/pysource"
 PRECISIONS = ("none", "fp16", "bf16", "int8", "int4")
+CUDA = "cuda"
 CELLS: dict[str, dict[str, tuple[str, ...]]] = {
     "example": {
         "cpu": PRECISIONS, "portable": PRECISIONS, "web": ("none", "fp16", "int8", "int4"),
-        "mcu": ("none", "fp16", "int8"),
+        "mcu": ("none", "fp16", "int8"), CUDA: ("none", "fp16", "bf16", "fp8", "int8", "int4"),
     },
     "125M": {"cpu": PRECISIONS, "portable": ("none", "int8", "int4")},
 }  # fmt: skip
@@ -78,7 +80,8 @@ def figures(name: str, quick: bool) -> Row:
         folder = Path(place)
         model, options = MODELS[name](folder, quick)
         rows = []
-        for precision in PRECISIONS[:2] if quick else PRECISIONS:
+        every = [*PRECISIONS, "fp8"]
+        for precision in every[:2] if quick else every:
             for target in (each for each, some in CELLS[name].items() if precision in some):
                 out = folder / f"{precision}-{target}"
                 started = time.perf_counter()
@@ -103,9 +106,10 @@ def figures(name: str, quick: bool) -> Row:
                 )
                 print(name, *rows[-1].values(), flush=True)
                 gc.collect()
-        torch_rate = _time(rows, folder, load(model, config=options["config"]).module)
+        timed = [row for row in rows if row["target"] != CUDA]
+        torch_rate = _time(timed, folder, load(model, config=options["config"]).module)
         bandwidth = _bandwidth()
-    for row in rows:
+    for row in timed:
         row["floor_ms"] = 1e3 * (row["step_bytes"] - row["embedding_bytes"] + 2 * row["state_bytes"]) / bandwidth
     return {"cells": rows, "bandwidth": bandwidth, "torch_prefill": torch_rate}
 
@@ -192,11 +196,16 @@ def table(name: str, found: Row) -> Iterator[str]:
         precision = "float32" if cell["precision"] == "none" else cell["precision"]
         rise = "–" if cell["rise"] is None or name != "example" else f"{cell['rise']:+.3%}"
         kl = f"{cell['kl']:.1e}" if name == "example" else "–"
+        times = "– | – | – | – | –"
+        if "step_ms" in cell:
+            times = (
+                f"{cell['step_ms']:.2f} | {same['step_ms'] / cell['step_ms']:.1f} × "
+                f"| {cell['step_ms'] / cell['floor_ms']:.2f} | {cell['prefill']:,.0f} "
+                f"| {cell['prefill'] / found['torch_prefill']:.2f}"
+            )
         yield (
             f"| {cell['target']} | {precision} | {cell['bytes'] / 1e6:.1f} | {cell['bytes'] / same['bytes']:.2f} "
-            f"| {cell['state_bytes'] / 1e3:.1f} | {rise} | {kl} | {cell['step_ms']:.2f} "
-            f"| {same['step_ms'] / cell['step_ms']:.1f} × | {cell['step_ms'] / cell['floor_ms']:.2f} "
-            f"| {cell['prefill']:,.0f} | {cell['prefill'] / found['torch_prefill']:.2f} |"
+            f"| {cell['state_bytes'] / 1e3:.1f} | {rise} | {kl} | {times} |"
         )
 
 
