@@ -5,8 +5,8 @@
     z = Cast(Gather(W₁₆, ids))                   z = Gather(W₁₆, ids)
     p = Mul(y, z)                                p = Mul(y, z)                of fp16, where fused ones alone hear p
 
-Sums, norms and modal systems are computed in float32 inside of the operators, their tables and the states stay in
-float32, and so do the outputs of the graph and every operator that is neither fused nor elementwise.
+Sums, norms and modal systems are computed in float32 inside of the operators, their tables stay in float32, and so do
+the outputs of the graph and every operator that is neither fused nor elementwise. Of states see `quantize.states`.
 """
 
 from __future__ import annotations

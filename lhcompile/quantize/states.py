@@ -3,12 +3,13 @@
     float16   s = Cast(q),            q' = Cast(Clip(s', ±65504))
     int8      s = Cast(q) ∘ scales,   q' = QuantizeLinear(s' ∘ 1/scales, 1, 0), which saturates
 
-The last tokens of a signal in float16 are kept in float16 whatever is asked for, which loses nothing.
+The last tokens of a signal that is float16 in the graphs of all targets are kept in float16 where float32 is asked
+for, which loses nothing.
 
 Inside of a call states are float32 in every graph, so a prompt that is fed whole rounds them once. A fused operator
-reads and leaves float16 itself, and does the same. The scales of int8
-are fixed: what a number reached on calibration tokens, with some room, is 127. Numbers that only move from place to
-place, as in a short convolution or a cache, share the scale of their channel, so moving them rounds nothing again.
+reads and leaves float16 itself, and does the same. The scales of int8 are fixed: what a number reached on calibration
+tokens, with some room, is 127. Numbers that only move from place to place, as in a short convolution or a cache, share
+the scale of their channel, so moving them rounds nothing again.
 """
 
 from __future__ import annotations

@@ -100,11 +100,16 @@ def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> list[onnx.NodeProto]:
 
 
 def _terms(graph: onnx.GraphProto) -> int:
-    """Terms of a sum in each product with a weight, added up over the graph."""
-    shapes = {tensor.name: tensor.dims for tensor in graph.initializer}
-    axes = {"MatMul": -2, "Gemm": -1, "Linear": -1}
-    products = [node for node in _nodes(graph) if node.op_type in axes and node.input[1] in shapes]
-    return sum(shapes[node.input[1]][axes[node.op_type]] for node in products)
+    """Terms of a sum in each product with a weight, added up over the graph: at most what a logit has behind it."""
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    read = [(node, shapes.get(node.input[1])) for node in _nodes(graph) if node.op_type in ("MatMul", "Gemm", "Linear")]
+    return sum(shape[_summed(node, len(shape))] for node, shape in read if shape)
+
+
+def _summed(node: onnx.NodeProto, rank: int) -> int:
+    """The axis of a product's weight that is summed over."""
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return -1 if node.op_type == "Linear" or transposed or rank == 1 else -2
 
 
 def _unround(graph: onnx.GraphProto) -> None:

@@ -38,6 +38,27 @@ def test_the_directory_has_a_decode_graph_and_each_weight_once(built: Path) -> N
     assert report["stages"][-1]["loss"] <= 1.01 * report["stages"][0]["loss"]
 
 
+def test_the_past_of_float16_signals_is_kept_in_float16(built: Path) -> None:
+    """And nothing else is rounded, so the report speaks of float32 states, and the files agree as if it were that."""
+    manifest = json.loads((built / "manifest.json").read_text())
+    kept = {state["input"].rpartition(".")[2]: state["dtype"] for state in manifest["states"]}
+    past = "float32" if manifest["quantize"] == "none" else "float16"
+    assert kept == {"conv_state": past, "recurrent_state": "float32"}
+    assert json.loads((built / "report.json").read_text())["state"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"), [(("--target", "cpu"), {"float32"}), (("--state", "int8"), {"int8"})], ids=["cpu too", "int8"]
+)
+def test_the_past_is_kept_as_others_need_it(
+    options: tuple[str, str], kept: set[str], checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    given = ("--order", 2, "--method", "hankel", "--calibration", text, "--sequences", 2, "--target", "cuda")
+    done("build", checkpoint, "-o", tmp_path / "out", *given, "--quantize", "fp16", *options)
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert {state["dtype"] for state in manifest["states"]} == kept
+
+
 def test_decoding_is_generating(built: Path) -> None:
     """Greedy tokens through the decode graph are those of the session, and so are the states behind them."""
     session, prompt = Session.load(built), np.frombuffer(b"def f1(x", np.uint8).astype(np.int64)

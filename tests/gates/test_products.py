@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
 import onnx_ir as ir
 import pytest
 import torch
@@ -116,6 +118,22 @@ def test_terms(loud: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     result = quantize(lower(loud, "cuda"), QuantizeConfig(quantize="fp16"))
     gate(loud, result.lowered, result.rounded, tmp_path)
     assert found == [3 * INNER]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "attributes", "terms"),
+    [
+        ("MatMul", (24, 5), {}, 24),
+        ("MatMul", (24,), {}, 24),
+        ("Gemm", (24, 5), {}, 24),
+        ("Gemm", (24, 5), {"transB": 1}, 5),
+        ("Linear", (24, 5), {}, 5),
+    ],
+)
+def test_terms_of_a_product(kind: str, shape: tuple[int, ...], attributes: dict[str, int], terms: int) -> None:
+    weight = onnx.numpy_helper.from_array(np.zeros(shape, np.float32), "w")
+    node = onnx.helper.make_node(kind, ["x", "w"], ["y"], **attributes)
+    assert products._terms(onnx.helper.make_graph([node], "one", [], [], [weight])) == terms
 
 
 def test_bound_of_large_models() -> None:

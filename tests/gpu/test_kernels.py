@@ -110,11 +110,13 @@ LINEARS = {
     "wide": Linear(width=8192, out=300, residual=True),
     "wider": Linear(width=5000, out=301, norm="rms", residual=True),
     "large": Linear(width=2048, out=1030, norm="layer", norm_bias=True, activation="gelu"),
+    "many tiles": Linear(width=272, out=6150, norm="layer", residual=True),
+    "vocabulary": Linear(width=48, out=50257, bias=False),
 }
 
 
 @pytest.mark.parametrize("name", LINEARS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 64, 200])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 8, 64, 200])
 @pytest.mark.parametrize("kind", [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
 def test_linear(kernels: Kernels, name: str, rows: int, kind: tuple[ir.DataType, ir.DataType | None]) -> None:
     signal, bias_type = kind
@@ -128,11 +130,13 @@ EIGHTS = {
     "layer": Linear(width=512, out=96, norm="layer", norm_bias=True, activation="gelu"),
     "rms": Linear(width=2048, out=304, norm="rms", activation="gelu_tanh", bias=False),
     "residual": Linear(width=8192, out=304, residual=True),
+    "many tiles": Linear(width=272, out=6144, norm="layer", residual=True),
+    "vocabulary": Linear(width=48, out=50304, bias=False),
 }
 
 
 @pytest.mark.parametrize("name", EIGHTS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 64, 200])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 64, 200])
 @pytest.mark.parametrize("kind", [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
 def test_linear_in_eight_bits(
     kernels: Kernels, name: str, rows: int, kind: tuple[ir.DataType, ir.DataType | None]
@@ -150,11 +154,13 @@ FOURS = {
     "rms": Linear(width=2048, out=301, norm="rms", activation="gelu_tanh", bias=False),
     "odd blocks": Linear(width=2080, out=300, norm="layer", residual=True),
     "residual": Linear(width=8192, out=304, residual=True),
+    "many tiles": Linear(width=768, out=6150, norm="layer", residual=True),
+    "vocabulary": Linear(width=256, out=50257, bias=False),
 }
 
 
 @pytest.mark.parametrize("name", FOURS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 64, 200])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 8, 64, 200])
 @pytest.mark.parametrize("kind", [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
 def test_linear_of_four_bits(
     kernels: Kernels, name: str, rows: int, kind: tuple[ir.DataType, ir.DataType | None]

@@ -163,9 +163,10 @@ const char* prepare(const Product& p, Handle handle, Plan& plan) {
   if (!failed) failed = lt.prefer_set(preference, kMaxWorkspace, &most, sizeof(most));
   Found found{};
   int count = 0;
+  const bool described = !failed;
   if (!failed)
     failed = lt.choose(handle, plan.product, plan.weight, plan.x, plan.y, plan.y, preference, 1, &found, &count);
-  if (p.x_scale && (failed || count == 0)) {  // few shapes have no such algorithm
+  if (p.x_scale && described && (failed || count == 0)) {  // few shapes have no such algorithm
     const int8_t whole = 0;
     failed = lt.describe_set(plan.product, kFastSums, &whole, sizeof(whole));
     if (!failed)

@@ -83,7 +83,6 @@ __device__ inline void narrow(const float (&from)[N], Vector<T, N>* to) {
   }
 }
 
-
 // What a state of the type keeps: float16 its largest number in place of an infinite one; NaN stays what it is.
 template <typename T, int N>
 __device__ inline void narrow_state(const float (&from)[N], Vector<T, N>* to) {
@@ -111,7 +110,7 @@ template <int N>
 __device__ inline void load_floats(const float* from, float (&to)[N]) {
   constexpr int kEach = N < 4 ? N : 4;
 #pragma unroll
-  for (int i = 0; i < N; i += kEach) load<float, kEach>(from + i, *reinterpret_cast<float(*)[kEach]>(to + i));
+  for (int i = 0; i < N; i += kEach) load<float, kEach>(from + i, *reinterpret_cast<float (*)[kEach]>(to + i));
 }
 template <typename T, int N>
 __device__ inline void store(const float (&from)[N], T* to) {

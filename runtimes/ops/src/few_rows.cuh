@@ -1,10 +1,10 @@
 // Linear for a few rows: the weight is streamed once, in one pass with the norm before it and what comes after it.
 //
 // Every multiprocessor has an equal share of tiles of 16 outputs. Its warps take pieces of the tiles' rows in turn, and
-// multiply them with x on the tensor cores, whose other factor has room for eight rows. A sum over inputs may run in any
-// order, so a thread reads 16 bytes of a weight's row and of x where they lie, and takes the numbers in them for those
-// that the instruction wants of it. Weights come through a ring in shared memory by bulk copies, which keep no thread
-// waiting; they are constants, so the ring is filled before the kernel in front has finished.
+// multiply them with x on the tensor cores, whose other factor has room for eight rows. A sum over inputs may run in
+// any order, so a thread reads 16 bytes of a weight's row and of x where they lie, and takes the numbers in them for
+// those that the instruction wants of it. Weights come through a ring in shared memory by bulk copies, which keep no
+// thread waiting; they are constants, so the ring is filled before the kernel in front has finished.
 #pragma once
 
 #include "stream.cuh"
@@ -216,7 +216,8 @@ __global__ void __launch_bounds__(kThreadsFew, 2) few_rows(const __grid_constant
   auto* units = reinterpret_cast<float*>(memory + kRing);
   const Sums sums{units + kMostRows + 2 * kWarps, rows};
   auto* x = reinterpret_cast<Entry*>(sums.of(g.most_tiles, 0));
-  const int padded = g.pieces * (kPiece / 16) * W::kInputs, stride = padded + kRowPadding / static_cast<int>(sizeof(Entry));
+  const int padded = g.pieces * (kPiece / 16) * W::kInputs,
+            stride = padded + kRowPadding / static_cast<int>(sizeof(Entry));
   Ending<T> ending;
   const int place = threadIdx.x;
   ending.expect(a, first * kTile, place);
@@ -286,7 +287,8 @@ template <typename W>
 size_t few_shared(const LinearArgs& a) {
   const FewArgs g = few_args<W>(a);
   const size_t entries = static_cast<size_t>(g.pieces) * (kPiece / 16) * W::kInputs;
-  return kWarps * W::kStages * (Stream<W>::kSlot + sizeof(uint64_t)) + 4 * (kMostRows + 2 * kWarps + g.most_tiles * kWarps * kTile * a.rows) +
+  return kWarps * W::kStages * (Stream<W>::kSlot + sizeof(uint64_t)) +
+         4 * (kMostRows + 2 * kWarps + g.most_tiles * kWarps * kTile * a.rows) +
          a.rows * (entries * sizeof(typename W::Entry) + kRowPadding);
 }
 

@@ -73,9 +73,12 @@ __global__ void __maxnreg__(56) gemv(const __grid_constant__ GemvArgs g) {
   const int64_t begin = a.out * blockIdx.x / gridDim.x, end = a.out * (blockIdx.x + 1) / gridDim.x;
   const int64_t mine = begin + warp;
   const int outputs = mine < end ? static_cast<int>((end - mine + kGemvWarps - 1) / kGemvWarps) : 0;
-  const Pieces stream{static_cast<const char*>(a.weight), memory + warp * kGemvStages * kGemvPiece,
-                      barriers + warp * kGemvStages,      mine,
-                      g.row_bytes,                        g.pieces,
+  const Pieces stream{static_cast<const char*>(a.weight),
+                      memory + warp * kGemvStages * kGemvPiece,
+                      barriers + warp * kGemvStages,
+                      mine,
+                      g.row_bytes,
+                      g.pieces,
                       outputs * g.pieces};
   if (lane == 0) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// Linear on a GPU: a few rows of 16 bits by gemv.cuh and few_rows.cuh; others by cuBLASLt, with a kernel for the norm before it, one
-// that makes numbers of 4-bit codes, and one after it for what cuBLASLt cannot add itself.
+// Linear on a GPU: a few rows of 16 bits by gemv.cuh and few_rows.cuh; others by cuBLASLt, with a kernel for the norm
+// before it, one that makes numbers of 4-bit codes, and one after it for what cuBLASLt cannot add itself.
 #include "cublaslt.h"
 #include "cuda.h"
 #include "few_rows.cuh"
@@ -81,11 +81,12 @@ __global__ void __launch_bounds__(kThreads) normalize(const __grid_constant__ Li
 #pragma unroll
     for (int j = 0; j < V; j++) result[j] = (each[j] - mean) * by * scale[j] + shift[j];
   };
-  if (!units) return all([&](int i, Numbers each) {
-    float result[V];
-    normed(i, each, result);
-    store<T, V>(result, static_cast<T*>(to) + row + i);
-  });
+  if (!units)
+    return all([&](int i, Numbers each) {
+      float result[V];
+      normed(i, each, result);
+      store<T, V>(result, static_cast<T*>(to) + row + i);
+    });
   float largest = 0;
   all([&](int i, Numbers each) {
     float result[V];
@@ -139,8 +140,7 @@ __global__ void __launch_bounds__(kThreads) expand(const __grid_constant__ Linea
   for (int i = 0; i < 16; i += 2) {
     float four[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-      four[j] = scale * static_cast<float>((bytes.element[i + j / 2] >> j % 2 * 4 & 15) - 8);
+    for (int j = 0; j < 4; j++) four[j] = scale * static_cast<float>((bytes.element[i + j / 2] >> j % 2 * 4 & 15) - 8);
     store<T, 4>(four, static_cast<T*>(to) + block * 32 + 2 * i);
   }
 }

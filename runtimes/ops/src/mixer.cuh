@@ -20,7 +20,8 @@ const char* launch_one(const MixerArgs& a, void* stream) {
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>((a.batch + each - 1) / each));
   auto kernel = a.index ? mix_one<T, C, S, V, 0, true> : mix_one<T, C, S, V, 0, false>;
   if (a.taps == 3) kernel = a.index ? mix_one<T, C, S, V, 3, true> : mix_one<T, C, S, V, 3, false>;
-  return launch(kernel, grid, dim3(lanes, static_cast<unsigned>(together)), shared(), stream, a, static_cast<int>(each));
+  return launch(kernel, grid, dim3(lanes, static_cast<unsigned>(together)), shared(), stream, a,
+                static_cast<int>(each));
 }
 
 // Four channels a thread, unless they are apart, their tables too large, or the rows too few to keep the GPU busy.
@@ -30,7 +31,8 @@ const char* launch_vectors(const MixerArgs& a, void* stream) {
   auto even = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
   const bool aligned = even(a.projected) && even(a.conv_state) && even(a.state) && even(a.mixed) &&
                        even(a.new_conv_state) && even(a.new_state);
-  const bool fits = static_cast<size_t>(Rows(a).count) * kLanes * 16 <= static_cast<size_t>(gpu().shared) / kResident<4>;
+  const bool fits =
+      static_cast<size_t>(Rows(a).count) * kLanes * 16 <= static_cast<size_t>(gpu().shared) / kResident<4>;
   const bool four = a.block % 4 == 0 && aligned && fits && a.batch >= kFew;
   return four ? launch_one<T, C, S, 4>(a, stream) : launch_one<T, C, S, 1>(a, stream);
 }

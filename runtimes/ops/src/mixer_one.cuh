@@ -159,7 +159,8 @@ struct Step {
     for (int base = 0; base < half; base += kPairs) {
       float s[kPairs][V], t[kPairs][V];
 #pragma unroll
-      for (int j = 0; j < kPairs; j++) widen(numbers<S, V>(row.upper[j]), s[j]), widen(numbers<S, V>(row.lower[j]), t[j]);
+      for (int j = 0; j < kPairs; j++)
+        widen(numbers<S, V>(row.upper[j]), s[j]), widen(numbers<S, V>(row.lower[j]), t[j]);
       if (base + kPairs < half) read_states(row, base + kPairs);
 #pragma unroll
       for (int j = 0; j < kPairs; j++)

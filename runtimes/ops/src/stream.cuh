@@ -38,8 +38,8 @@ __device__ inline void copies_await(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
-// Rows of x in shared memory, as they enter the product. Warps have equal parts of a row each; `units` are what a 1 means
-// where rows are kept in 8 bits. kTurned: of every eight inputs the order is 0, 4, 1, 5, 2, 6, 3, 7.
+// Rows of x in shared memory, as they enter the product. Warps have equal parts of a row each; `units` are what a 1
+// means where rows are kept in 8 bits. kTurned: of every eight inputs the order is 0, 4, 1, 5, 2, 6, 3, 7.
 template <typename T, typename Entry, int kWarps, bool kTurned = false>
 struct Entering {
   static constexpr int kCount = 16 / sizeof(T);
