@@ -257,7 +257,7 @@ def model(quick: bool) -> list[Row]:
         for name, taps in _variants(convolutions.taps, heard, bank, order):
             row(name, order, convolutions.with_taps(taps))
     if not quick:
-        full = distill(program, DistillConfig(), tokens.calibration)
+        full = distill(program, DistillConfig(), tokens.calibration, judging=tokens.judging)
         orders = torch.cat([layer.orders for layer in full.layers if layer.orders is not None]).double()
         row("default, budget 0.1 %", float(orders.mean()), full.program)
     return rows

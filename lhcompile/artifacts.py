@@ -229,11 +229,13 @@ class Program:
 class Sequences:
     """Sequences to calibrate on, others that calibration never sees, and their source.
 
-    calibration, heldout: int64 [sequences, time], or float32 [sequences, time, features]
+    calibration, judging, heldout: int64 [sequences, time], or float32 [sequences, time, features]; what is chosen by
+        the first is held against a budget on the second, and gives figures on the third
     sampled: they were drawn from the model itself
     """
 
     calibration: Tensor
+    judging: Tensor
     heldout: Tensor
     source: str
     sampled: bool = False
@@ -280,7 +282,7 @@ class Trial:
     """One allocation of the search, measured on calibration tokens.
 
     order: mean over the filters; loss: nats per token; rise: of the loss, relative to the source's
-    expected: the relative rise to be expected of other tokens, which the budget is held against
+    expected: an upper bound of the relative rise on other text, which is held against the budget
     Of a continuous signal: the relative squared error of the outputs for the loss, its root for the rises.
     """
 

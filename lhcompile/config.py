@@ -65,7 +65,10 @@ class CalibrationConfig(_Config):
         None, description="tokenizer.json for the text; models of 256 tokens read bytes without one."
     )
     sequences: int | None = Field(
-        None, ge=2, description="Sequences in each half; 32 without this option, fewer for large models."
+        None,
+        ge=2,
+        description="Sequences that choose the orders, and that give the figures; four times as many hold the budget. "
+        "Without this option 32, and 131072 tokens for the budget, fewer for large models.",
     )
     seed: int = Field(0, ge=0, description="Seed for calibration sequences made here.")
 

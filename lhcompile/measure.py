@@ -19,7 +19,17 @@ from torch.nn.functional import cross_entropy
 
 from lhcompile.parallel import side_by_side
 
-__all__ = ["Agreement", "Deviation", "Model", "Reference", "compare", "divergences", "loss", "losses"]
+__all__ = [
+    "Agreement",
+    "Deviation",
+    "Model",
+    "Reference",
+    "compare",
+    "divergences",
+    "loss",
+    "losses",
+    "losses_and_divergences",
+]
 
 Model = Callable[[Tensor], Tensor]
 BYTES = 1 << 28
@@ -130,12 +140,7 @@ def loss(model: Model, tokens: Tensor) -> float:
 @torch.no_grad()
 def losses(model: Model, tokens: Tensor) -> Tensor:
     """Mean cross entropy of the next token in each of the tokens' rows [sequences, time], nats, float64 [sequences]."""
-
-    def mean(rows: Tensor) -> Tensor:
-        logits = model(rows)[:, :-1].double()
-        return cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").mean(1)
-
-    return torch.cat(side_by_side(mean, _slices(model, tokens)))
+    return torch.cat(side_by_side(lambda rows: _loss(model(rows).double(), rows), _slices(model, tokens)))
 
 
 @torch.no_grad()
@@ -150,13 +155,35 @@ def divergences(reference: Model, model: Model, inputs: Tensor) -> Tensor:
         theirs, ours = (side(rows).double() for side in (reference, model))
         if rows.is_floating_point():
             return torch.stack([(ours - theirs).square().mean((1, 2)), theirs.square().mean((1, 2))])
-        theirs, ours = theirs.log_softmax(-1), ours.log_softmax(-1)
-        return (theirs.exp() * (theirs - ours)).sum(-1).mean(1)
+        return _divergence(theirs, ours)
 
     found = torch.cat(side_by_side(mean, _slices(model, inputs)), dim=-1)
     if inputs.is_floating_point():
         return found[0] / found[1].mean().clamp_min(TINY)
     return found
+
+
+@torch.no_grad()
+def losses_and_divergences(reference: Model, model: Model, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`losses` of the model and its `divergences` from the reference, for one run of each."""
+
+    def means(rows: Tensor) -> Tensor:
+        theirs, ours = (side(rows).double() for side in (reference, model))
+        return torch.stack([_loss(ours, rows), _divergence(theirs, ours)])
+
+    loss, divergence = torch.cat(side_by_side(means, _slices(model, tokens)), dim=-1)
+    return loss, divergence
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of logits [rows, time, vocab], by row."""
+    return cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+
+
+def _divergence(theirs: Tensor, ours: Tensor) -> Tensor:
+    """Of logits [rows, time, vocab], by row."""
+    theirs, ours = theirs.log_softmax(-1), ours.log_softmax(-1)
+    return (theirs.exp() * (theirs - ours)).sum(-1).mean(1)
 
 
 def _slices(model: Model, inputs: Tensor) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +37,15 @@ from lhcompile.load import load
 from lhcompile.lower import complete, lower, masked
 from lhcompile.package import check_destination, package, size_of, workspace
 from lhcompile.package.genai import PROVIDERS, GenaiFiles
-from lhcompile.quantize import keep_states, kept_in, plan_weights, quantize, quantize_poles, state_ranges
+from lhcompile.quantize import (
+    half_pasts,
+    keep_states,
+    kept_in,
+    plan_weights,
+    quantize,
+    quantize_poles,
+    state_ranges,
+)
 from lhcompile.recognize import recognize
 from lhcompile.streamify import check_capacity, streamify
 from lhcompile.trial import Compiled, Contents, measure
@@ -118,7 +126,8 @@ def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, c
         heldout = sequences.heldout[:, : config.streamify.max_context]
         few = heldout[:PARITY_ROWS, :PARITY_TIME]
     with progress.stage("distill") as say:
-        distilled = distill(recognized, config.distill, sequences.calibration, say, sequences.sampled)
+        given = sequences.calibration, say, sequences.sampled, sequences.judging
+        distilled = distill(recognized, config.distill, *given)
     programs, poles = {"captured": captured, "distilled": distilled.program}, None
     if config.quantize.poles is not None:
         with progress.stage("poles"):
@@ -135,7 +144,7 @@ def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, c
             targets[0], config.quantize, config.weights_budget, sequences.calibration, sequences.sampled, say
         )
         quantized = [quantize(lowered, config.quantize, plan) for lowered in targets]
-        states = _kept_states(streamed, config, sequences.calibration)
+        states = _kept_states(streamed, [each.lowered for each in quantized], config, sequences.calibration)
     with progress.stage("compare") as say:
         say(f"on {heldout.shape[:2].numel()} held-out positions")
         try:
@@ -172,10 +181,13 @@ def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, c
     )
 
 
-def _kept_states(streamed: Program, config: BuildConfig, sequences: torch.Tensor) -> tuple[State, ...]:
+def _kept_states(
+    streamed: Program, targets: Sequence[Lowered], config: BuildConfig, sequences: torch.Tensor
+) -> tuple[State, ...]:
     dtype = config.quantize.state
     ranges = state_ranges(streamed, sequences[:, : config.streamify.max_context]) if dtype == "int8" else None
-    return kept_in(streamed.states, dtype, ranges)
+    halves = set.intersection(*map(half_pasts, targets))
+    return kept_in(streamed.states, dtype, ranges, halves)
 
 
 def _contents(

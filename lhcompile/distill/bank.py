@@ -26,7 +26,7 @@ _RANK = 512
 """The largest order; what a smaller one needs is found without it."""
 _UNIT = 2.0**-24
 """States are float32."""
-_PRICES = 1.5
+_PRICES = 1.25
 """Ratio of one price to the next."""
 
 
@@ -131,7 +131,7 @@ def allocations(costs: Tensor, orders: tuple[int, ...], sharing: Tensor) -> list
     costs = costs.cummin(1).values
     states = sharing.to(costs).unsqueeze(1) * torch.tensor(orders, dtype=costs.dtype)
     price = float(costs.max().clamp_min(1e-300))
-    least = max(float(costs[:, -1].mean()), 1e-12 * price) / (1 + max(orders)) / 8
+    least = max(float((costs[:, -1] / sharing).mean()), 1e-12 * price) / (1 + max(orders)) / 8
     found: list[Allocation] = []
     while price > least:
         choice = (costs + price * states).argmin(1)

@@ -26,12 +26,13 @@ from lhcompile.distill.convolutions import Convolutions, copied, taps_of
 from lhcompile.distill.given import as_convolutions, with_given
 from lhcompile.distill.heads import heads_at_price
 from lhcompile.distill.heal import heal
+from lhcompile.distill.judge import Judge
 from lhcompile.distill.norm import tap_norm
 from lhcompile.distill.reduction import factorize
 from lhcompile.distill.result import Reduction
-from lhcompile.distill.search import Ruler, search
+from lhcompile.distill.search import search
 from lhcompile.errors import BudgetError
-from lhcompile.measure import divergences, losses
+from lhcompile.measure import Model
 from lhcompile.ops import per_channel
 from lhcompile.ssm import ModalSSM
 
@@ -40,8 +41,6 @@ __all__ = ["distill"]
 lhc = torch.ops.lhc
 _PROBES = (0, 1, 2, 4)
 """Orders whose errors measure the sensitivities."""
-_EVERY = 4
-"""One sequence of so many gives the KL divergence, which is the same everywhere."""
 _PACKED = 3 / 4
 """A layer's states are packed where they fill at most this part of the rectangle (docs/decisions/005)."""
 
@@ -52,13 +51,15 @@ def distill(
     tokens: Tensor | None,
     say: Callable[[str], None] = lambda _: None,
     sampled: bool = False,
+    judging: Tensor | None = None,
 ) -> Distilled:
     """Replace every long convolution as `config` asks; modal systems of the model's own stay, or are reduced like them.
 
-    tokens: int64 [sequences, time] that weigh the filters and judge the budget; None fits all frequencies alike,
-            which needs an order. say: told what is going on, a phrase at a time.
+    tokens: int64 [sequences, time] that weigh the filters; None fits all frequencies alike, which needs an order.
+    say: told what is going on, a phrase at a time.
     sampled: the tokens were drawn from the model itself, where the expected rise of the loss is the KL divergence,
             which is known far better from few tokens than a difference of losses.
+    judging: sequences that the budget is held against, in the order of their text; those of `tokens` if not given.
     Of a continuous signal, float32 [sequences, time, features], the relative squared error of the outputs stands for
     the divergence, and there is no loss.
 
@@ -86,7 +87,8 @@ def distill(
         reduction = bank_of(None).reduce(config.order)
     else:
         assert tokens is not None
-        reduction, trials = _within_budget(convolutions, bank_of, config, tokens, say, sampled)
+        judge = Judge(program, tokens if judging is None else judging, config.rise, sampled)
+        reduction, trials = _within_budget(convolutions, bank_of, config, tokens, judge, say)
     healed = None
     if config.heal:
         assert tokens is not None
@@ -101,31 +103,25 @@ def _within_budget(
     bank_of: Callable[[Tensor | None], Bank],
     config: DistillConfig,
     tokens: Tensor,
+    judge: Judge,
     say: Callable[[str], None],
-    sampled: bool,
 ) -> tuple[Reduction, tuple[Trial, ...]]:
-    """The smallest state whose loss on the tokens stays within the budget."""
+    """The smallest state whose loss stays within the budget; tokens weigh what a filter's error costs."""
     program, bank = convolutions.program, bank_of(None)
-    continuous = program.signal.features is not None
     probes = [bank.reduce(order, "hankel") for order in _PROBES]
     say("measuring how sensitive the model is to each filter")
     sensitivity = convolutions.sensitivity(tokens, probes)
     sharing = torch.cat([torch.full((c,), _channels(node) / c).double() for c, node in convolutions.layers])
-    reference = None if continuous else losses(program, tokens)
-    ruler = Ruler(config.rise, None if reference is None else float(reference.mean()))
 
-    def measured(reduction: Reduction) -> tuple[Tensor, Tensor | None]:
-        model = convolutions.with_taps(reduction.single().taps(convolutions.taps.shape[1]))
-        if sampled or reference is None:
-            return divergences(program, model, tokens), None
-        return losses(model, tokens) - reference, divergences(program, model, tokens[::_EVERY])
+    def model_of(reduction: Reduction) -> Model:
+        return convolutions.with_taps(reduction.single().taps(convolutions.taps.shape[1]))
 
     def searched(bank: Bank, kept: float = 0.0) -> tuple[Reduction, float, float, tuple[Trial, ...]]:
         """The systems, their number of states with those of the heads, the price of one, and what was tried."""
-        found, trials = search(bank, config, ruler, sensitivity, sharing, measured, say)
+        found, trials = search(bank, config, judge, sensitivity, sharing, model_of, say)
         return found.reduction(bank), found.states(sharing) + kept, found.price, trials
 
-    best, price = None, ruler.limit / float(sharing.sum())
+    best, price = None, judge.ruler.limit / float(sharing.sum())
     trials: tuple[Trial, ...] = ()
     try:
         best = searched(bank)

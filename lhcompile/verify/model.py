@@ -152,7 +152,7 @@ class OrderTried(_Part):
     """One allocation of the search for the budget.
 
     order: mean over the filters; rise: of the loss on calibration tokens, relative to the reference
-    expected: the rise to be expected of other tokens, which the budget is held against
+    expected: an upper bound of the rise on other text, which is held against the budget
     """
 
     order: float
