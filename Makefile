@@ -1,10 +1,12 @@
 # make demo   builds the example model, checks it, generates text with plain onnxruntime
 # make test   linter, type checker and tests
 # make ops    the library of fused operators, build/ops/liblhcompile_ops.so (runtimes/ops); CUDA=OFF leaves out the GPU
-# The first two create the environment in .venv first. PYTHON names another interpreter, VENV another place.
+# The first two create the environment in .venv first. PYTHON names another interpreter, VENV another place; JOBS is
+# how many files are tested at once.
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 EXAMPLE := examples/pysource
@@ -22,7 +24,7 @@ demo: $(INSTALLED)
 	@echo "The report is $(CURDIR)/$(OUT)/report.html"
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
