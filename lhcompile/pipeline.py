@@ -122,7 +122,9 @@ def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, c
     with progress.stage("calibrate") as say:
         if config.calibration.calibration is None:
             say("sampling sequences")
-        sequences = calibrate(config.calibration, recognized, loaded.parameters, lambda: _stand_in(recognized))
+        searched = config.distill.order is None and not config.distill.exact
+        stand_in = partial(_stand_in, recognized)
+        sequences = calibrate(config.calibration, recognized, loaded.parameters, stand_in, searched)
         heldout = sequences.heldout[:, : config.streamify.max_context]
         few = heldout[:PARITY_ROWS, :PARITY_TIME]
     with progress.stage("distill") as say:

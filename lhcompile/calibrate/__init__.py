@@ -38,7 +38,7 @@ SAMPLED_SEQUENCES, SAMPLED_LENGTH = 16, 512
 
 
 def calibrate(
-    config: CalibrationConfig, program: Program, parameters: int, streamed: Callable[[], Program]
+    config: CalibrationConfig, program: Program, parameters: int, streamed: Callable[[], Program], judged: bool = True
 ) -> Sequences:
     """Calibration, judging and held-out sequences, int64 [sequences, time] or float32 [sequences, time, features] each.
 
@@ -47,6 +47,7 @@ def calibrate(
     program:    the recognized program, for its context, its signal and its number of tokens; time ≤ the context
     parameters: of the model, to keep the work of a large one within minutes
     streamed:   gives a streamed program to sample tokens from; called only when there is no file
+    judged:     whether there is a budget to hold; if not, none are sampled for that, and those that calibrate judge
 
     Raises ConfigError when the file cannot be read, is too short, or holds what the model does not take.
     """
@@ -60,8 +61,8 @@ def calibrate(
     limit = token_limit(program)
     if config.calibration is None:
         count = config.sequences or min(count, SAMPLED_SEQUENCES)
-        rows = _sample(streamed(), 3 * count, min(length, SAMPLED_LENGTH), limit, config.seed)
-        return _thirds(rows, "sampled from the model", sampled=True)
+        rows = _sample(streamed(), (3 if judged else 2) * count, min(length, SAMPLED_LENGTH), limit, config.seed)
+        return _drawn(rows if judged else torch.cat([rows[:count], rows]), "sampled from the model", sampled=True)
     stream = _read(config.calibration, config.tokenizer, limit, program.reads_bytes)
     length = min(length, len(stream) // 2)
     if length < 8:
@@ -85,7 +86,7 @@ def _divided(first: Tensor, second: Tensor, counts: tuple[int, int, int], source
     return Sequences(first[weighing], first[judges], second[_spread(len(second), held)], source)
 
 
-def _thirds(rows: Tensor, source: str, sampled: bool = False) -> Sequences:
+def _drawn(rows: Tensor, source: str, sampled: bool = False) -> Sequences:
     """Rows that are drawn alike, a third for each purpose."""
     calibration, judging, heldout = rows.chunk(3)
     return Sequences(calibration, judging, heldout, source, sampled)
@@ -100,7 +101,7 @@ def _features(
     if config.calibration is None:
         count = counts[0]
         rows = program.signal.random(3 * count, length, tokens=0, seed=config.seed)
-        return _thirds(rows, f"white noise of size 1, seed {config.seed}")
+        return _drawn(rows, f"white noise of size 1, seed {config.seed}")
     halves = read_features(config.calibration, features)
     length = min(length, halves[0].shape[1])
     if length < 8:

@@ -92,3 +92,10 @@ def test_samples_are_divided_in_thirds(program: Program) -> None:
     assert [len(rows) for rows in kinds] == [3, 3, 3]
     assert len(torch.cat(kinds).unique(dim=0)) == 9
     assert found.sampled
+
+
+def test_without_a_budget_fewer_are_sampled(program: Program) -> None:
+    config = CalibrationConfig(sequences=3)
+    found = calibrate(config, program, 1, lambda: streamify(program), judged=False)
+    assert torch.equal(found.judging, found.calibration)
+    assert len(torch.cat([found.calibration, found.heldout]).unique(dim=0)) == 6
