@@ -215,7 +215,7 @@ def verify_directory(
 def _state_type(manifest: Manifest) -> str | None:
     """What states are kept in, where that loses something: float16 beside float32 is the past of a float16 signal."""
     kept = {state.dtype for state in manifest.states}
-    return "int8" if "int8" in kept else "float16" if kept >= {"float16"} and "float32" not in kept else None
+    return "int8" if "int8" in kept else "float16" if "float16" in kept and "float32" not in kept else None
 
 
 def _tolerance(manifest: Manifest, target: str) -> verify.Tolerance:

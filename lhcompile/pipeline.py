@@ -128,8 +128,9 @@ def _compile(model: str, config: BuildConfig, progress: Progress, place: Path, c
         heldout = sequences.heldout[:, : config.streamify.max_context]
         few = heldout[:PARITY_ROWS, :PARITY_TIME]
     with progress.stage("distill") as say:
-        given = sequences.calibration, say, sequences.sampled, sequences.judging
-        distilled = distill(recognized, config.distill, *given)
+        distilled = distill(
+            recognized, config.distill, sequences.calibration, say, sequences.sampled, sequences.judging
+        )
     programs, poles = {"captured": captured, "distilled": distilled.program}, None
     if config.quantize.poles is not None:
         with progress.stage("poles"):

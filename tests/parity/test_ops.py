@@ -101,12 +101,23 @@ def test_states_stop_at_the_largest_half(library: Path, name: str, tokens: int |
             assert kept_error(ours, truth) <= BUDGET[HALF]
 
 
-LINEARS = FORMS | {
-    "activation and residual": Linear(activation="gelu_tanh", residual=True, bias=False),
-    "odd sizes": Linear(width=37, out=13, norm="layer", residual=True),
+LARGER = {
     "many rows": Linear(batch=7, time=9, width=256, out=200, norm="rms", activation="gelu", residual=True),
     "large": Linear(batch=1, time=5, width=1024, out=520, norm="layer", norm_bias=True, residual=True),
 }
+LINEARS = FORMS | LARGER | {
+    "activation and residual": Linear(activation="gelu_tanh", residual=True, bias=False),
+    "odd sizes": Linear(width=37, out=13, norm="layer", residual=True),
+}
+
+
+def assert_linear(library: Path, linear: Linear) -> None:
+    """A kernel against double precision, and against its function."""
+    call = linear.call()
+    (given,), (wanted,), (function,) = run(call, library), linear.expected(), run(call)
+    assert given.dtype == function.dtype
+    assert error(given, wanted) <= BUDGET[linear.signal]
+    assert error(given, function) <= 2 * BUDGET[linear.signal]
 
 
 @pytest.mark.parametrize("name", LINEARS)
@@ -116,12 +127,7 @@ def test_linear(
     library: Path, name: str, one_token: bool, signal: ir.DataType, bias_type: ir.DataType | None
 ) -> None:
     linear = replace(LINEARS[name], signal=signal, bias_type=bias_type, one_token=one_token)
-    linear = replace(linear, time=1) if one_token else linear
-    call = linear.call()
-    (given,), (wanted,), (function,) = run(call, library), linear.expected(), run(call)
-    assert given.dtype == function.dtype
-    assert error(given, wanted) <= BUDGET[signal]
-    assert error(given, function) <= 2 * BUDGET[signal]
+    assert_linear(library, replace(linear, time=1) if one_token else linear)
 
 
 @pytest.mark.parametrize("name", ["plain", "layer", "rms", "everything", "many rows"])
@@ -135,11 +141,9 @@ def test_linear_in_eight_bits(library: Path, name: str, signal: ir.DataType, bia
     assert error(given, function) <= 2 * BUDGET[signal] + 2e-3
 
 
-FOURS = {name: replace(linear, width=64) for name, linear in FORMS.items()} | {
+FOURS = {name: replace(linear, width=64) for name, linear in FORMS.items()} | LARGER | {
     "one block": Linear(width=32, out=1),
     "odd sizes": Linear(width=96, out=67, norm="layer", residual=True),
-    "many rows": Linear(batch=7, time=9, width=256, out=200, norm="rms", activation="gelu", residual=True),
-    "large": Linear(batch=1, time=5, width=1024, out=520, norm="layer", norm_bias=True, residual=True),
 }
 
 
@@ -150,12 +154,7 @@ def test_linear_of_four_bits(
     library: Path, name: str, one_token: bool, signal: ir.DataType, bias_type: ir.DataType | None
 ) -> None:
     linear = replace(FOURS[name], signal=signal, bias_type=bias_type, one_token=one_token, name="LinearInt4")
-    linear = replace(linear, time=1) if one_token else linear
-    call = linear.call()
-    (given,), (wanted,), (function,) = run(call, library), linear.expected(), run(call)
-    assert given.dtype == function.dtype
-    assert error(given, wanted) <= BUDGET[signal]
-    assert error(given, function) <= 2 * BUDGET[signal]
+    assert_linear(library, replace(linear, time=1) if one_token else linear)
 
 
 @pytest.mark.parametrize("sample", [Sample(), Sample(step=0.5), Sample(vocab=5000, step=0.25), Sample(vocab=1)])
