@@ -202,7 +202,7 @@ def order_search(budget: BudgetReport, heard: str, cost: str) -> str:
         axes.axhline(100 * budget.requested, color=WARM, linewidth=1, linestyle=(0, (4, 3)))
         lines = (
             ([entry.expected for entry in tried], ACCENT, "o", f"on other {heard}, at most"),
-            ([entry.rise for entry in tried], MUTED, "s", f"measured on calibration {heard}"),
+            ([entry.rise for entry in tried], MUTED, "s", f"measured on {heard} of the search"),
         )
         straight, largest = max(200 * budget.requested, 1e-3), 0.0
         for rises, color, marker, label in lines:
