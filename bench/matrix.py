@@ -61,13 +61,16 @@ def example(_: Path, quick: bool) -> tuple[str, Row]:
 
 
 def large(folder: Path, quick: bool) -> tuple[str, Row]:
-    """The checkpoint and configuration of a model with random weights, of 125 million parameters."""
-    shape = LARGE | ({"d_model": 64, "d_inner": 128, "n_layer": 2, "vocab_size": 300} if quick else {})
+    """A model with random weights, of 125 million parameters: its checkpoint, configuration and tokens at random."""
+    shape: Row = LARGE | ({"d_model": 64, "d_inner": 128, "n_layer": 2, "vocab_size": 300} if quick else {})
     torch.manual_seed(0)
     module: LanguageModel = HyenaLM(HyenaConfig(**shape))
     torch.save(module.state_dict(), folder / "model.pt")
     (folder / "config.yaml").write_text(yaml.safe_dump(shape))
-    options: Row = {"config": folder / "config.yaml", "order": 4, "method": "hankel", "sequences": 2}
+    tokens = np.random.default_rng(0).integers(0, shape["vocab_size"], 8 * (shape["l_max"] + 1))
+    np.save(folder / "tokens.npy", tokens)  # as good as any for such a model, and it need not write them itself
+    options: Row = {"config": folder / "config.yaml", "calibration": folder / "tokens.npy"}
+    options |= {"order": 4, "method": "hankel", "sequences": 2}
     return str(folder / "model.pt"), options
 
 
