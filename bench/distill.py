@@ -201,7 +201,7 @@ def scale(quick: bool) -> list[Row]:
     cpu = [(64, 256)] if quick else [(1, 1_000_002), (2048, 1024)]
     gpu = [(49_152, 2048)] if torch.cuda.is_available() and not quick else []
     rows = []
-    for device, sizes in (("cpu", cpu), ("cuda", gpu)):
+    for device, sizes in (("cuda", gpu), ("cpu", cpu)):
         for filters, length in sizes:
             taps = implicit(filters, length, device)
             weights = 1 / (1e-3 + torch.linspace(0, 1, min(length, 4096) + 1, device=device).double().square())
