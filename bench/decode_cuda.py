@@ -220,6 +220,7 @@ class Bench:
     ) -> None:
         """The same through lhruntime's device loop, AHEAD steps at a time, after which the host sees the tokens."""
         from lhruntime.loops import DeviceLoop
+        from lhruntime.sampling import Sampler
 
         print("  ours in lhruntime", flush=True)
         providers = ["CUDAExecutionProvider"] * (self.device.type == "cuda") + ["CPUExecutionProvider"]
@@ -229,12 +230,15 @@ class Bench:
                 directory, batch, providers=providers, operators=operators, cuda_graph=not self.options.no_graph,
                 ahead=AHEAD, verify=False,
             )  # fmt: skip
+            tokens = np.random.default_rng(0).integers(0, self.shape.vocabulary, batch)  # rows that differ, as in use
+            for row, token in enumerate(tokens):
+                loop.place(row, int(token), Sampler(0.0))
             uniform = np.zeros((AHEAD, batch), np.float32)
             for _ in range(3):
                 loop.advance(uniform)
             same = ("state_bytes", "floor_seconds", "floor_measured_seconds", "operators")
-            row = {key: known[batch][key] for key in same} | loop.describe() | {"used_bytes": used()[0]}
-            return row | {"seconds": seconds(partial(loop.advance, uniform)) / AHEAD}
+            found = {key: known[batch][key] for key in same} | loop.describe() | {"used_bytes": used()[0]}
+            return found | {"seconds": seconds(partial(loop.advance, uniform)) / AHEAD}
 
         sweep(measure, list(known), save)
 
