@@ -222,6 +222,8 @@ class Bench:
         from lhruntime.loops import DeviceLoop
         from lhruntime.sampling import Sampler
 
+        from bench.decode_ours import first_tokens
+
         print("  ours in lhruntime", flush=True)
         providers = ["CUDAExecutionProvider"] * (self.device.type == "cuda") + ["CPUExecutionProvider"]
 
@@ -230,8 +232,7 @@ class Bench:
                 directory, batch, providers=providers, operators=operators, cuda_graph=not self.options.no_graph,
                 ahead=AHEAD, verify=False,
             )  # fmt: skip
-            tokens = np.random.default_rng(0).integers(0, self.shape.vocabulary, batch)  # rows that differ, as in use
-            for row, token in enumerate(tokens):
+            for row, token in enumerate(first_tokens(batch)):
                 loop.place(row, int(token), Sampler(0.0))
             uniform = np.zeros((AHEAD, batch), np.float32)
             for _ in range(3):
