@@ -7,11 +7,13 @@
 Every cell is a directory of its own that the command line's pipeline built, with all its gates. The example is
 measured on its held-out text, at order 4; the larger model (12 layers, width 768, vocabulary 50257, 1024 positions,
 order 4) has random weights, so only its sizes and speeds mean anything. Steps and prefills are timed in turns, all
-cells of a model within one run, two threads, batch 1; figures are medians. The floor of a step is the time in which
-the weights that it reads come from memory, at the rate at which a matrix-vector product of 400 MB reads them; the
-embedding, of which a step reads one row, does not count. The graphs for web and mcu run in onnxruntime on the same CPU
-like the others: web prefills 32 tokens a call, mcu has no prefill and steps. Those for cuda have no times here, for on
-a CPU they run as the functions that specify their operators; `bench.decode_cuda` has those of a GPU.
+cells of a model within one run, two threads, batch 1, with a pause between two cells, for the threads of a session
+wait awake a while after its last step and would take a core from the next; figures are medians. The floor of a step
+is the time in which the weights that it reads come from memory, at the rate at which a matrix-vector product of 400
+MB reads them; the embedding, of which a step reads one row, does not count. The graphs for web and mcu run in
+onnxruntime on the same CPU like the others: web prefills 32 tokens a call, mcu has no prefill and steps. Those for
+cuda have no times here, for on a CPU they run as the functions that specify their operators; `bench.decode_cuda` has
+those of a GPU.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ CELLS: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 """Targets and their precisions; without those that a browser or a microcontroller's compiler has no numbers for."""
 THREADS, STEPS, PREFILLS, PROMPT = 2, 60, 7, 1024
+PAUSE = 0.05
+"""Seconds after which the threads of a session that is not used are asleep."""
 LARGE = {
     "d_model": 768, "n_layer": 12, "d_inner": 3072, "vocab_size": 50257, "l_max": 1024, "emb_dim": 33,
     "filter_order": 64, "w": 14.0,
@@ -147,6 +151,7 @@ def _time(rows: list[Row], folder: Path, module: torch.nn.Module) -> float:
     steps: list[list[float]] = [[] for _ in rows]
     for index in range(STEPS):
         for session, times in zip(sessions, steps, strict=True):
+            time.sleep(PAUSE)
             for again in range(3):  # the first brings the weights back into what caches hold
                 started = time.perf_counter()
                 session.step(prompt[:, index])
@@ -158,9 +163,11 @@ def _time(rows: list[Row], folder: Path, module: torch.nn.Module) -> float:
     for _ in range(PREFILLS):
         for session, times in zip(sessions, fills, strict=True):
             session.reset()
+            time.sleep(PAUSE)
             started = time.perf_counter()
             session.prefill(prompt, chunk=PROMPT)
             times.append(time.perf_counter() - started)
+        time.sleep(PAUSE)
         started = time.perf_counter()
         with torch.no_grad():
             module(ids)
