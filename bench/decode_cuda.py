@@ -40,13 +40,14 @@ import numpy as np
 import onnxruntime
 import torch
 
-from bench.decode_model import SHAPES, Shape, build, checkpoint, tiny
+from bench.decode_model import SHAPES, Shape, build, checkpoint, first_tokens, tiny
 from bench.decode_timing import Rates, captured, clear, is_full, measure_rates, seconds, used
 from bench.decode_torch import Attention, Convolution, Decoder, Mixer, Recurrence, Weights
 from bench.machine import describe
 
 CONTEXTS = (640, 2048, 8192)
-BATCHES = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+BATCHES = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8448, 16896)
+"""The last are multiples of the 132 multiprocessors of an H100 or H200: their products end with a full round."""
 RESERVE = 3 << 30
 """Bytes of the device's memory that a full batch leaves to libraries and graphs."""
 LARGE, GAIN = 512, 1.01
@@ -222,8 +223,6 @@ class Bench:
         from lhruntime.loops import DeviceLoop
         from lhruntime.sampling import Sampler
 
-        from bench.decode_ours import first_tokens
-
         print("  ours in lhruntime", flush=True)
         providers = ["CUDAExecutionProvider"] * (self.device.type == "cuda") + ["CPUExecutionProvider"]
 
@@ -232,7 +231,7 @@ class Bench:
                 directory, batch, providers=providers, operators=operators, cuda_graph=not self.options.no_graph,
                 ahead=AHEAD, verify=False,
             )  # fmt: skip
-            for row, token in enumerate(first_tokens(batch)):
+            for row, token in enumerate(first_tokens(batch, self.shape.vocabulary)):
                 loop.place(row, int(token), Sampler(0.0))
             uniform = np.zeros((AHEAD, batch), np.float32)
             for _ in range(3):

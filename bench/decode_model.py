@@ -1,4 +1,4 @@
-"""The shapes that decoding is measured at, and the directories that the command line builds of them."""
+"""The shapes that decoding is measured at, what sequences begin with, and directories that the command line builds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SHAPES", "TINY", "Shape", "build", "checkpoint", "read_bytes", "tiny"]
+import numpy as np
+
+__all__ = ["SHAPES", "TINY", "Shape", "build", "checkpoint", "first_tokens", "read_bytes", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ SHAPES = {
     for shape in (Shape("125M", 12, 768, 12), Shape("355M", 24, 1024, 16), Shape("1.3B", 24, 2048, 16))
 }
 TINY = Shape("tiny", 2, 64, 4, vocabulary=512)
+
+
+def first_tokens(batch: int, vocabulary: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """What sequences begin with, drawn at random: rows that are alike take less power, and the clock runs higher."""
+    return np.random.default_rng(0).integers(vocabulary, size=batch)
 
 
 def checkpoint(shape: Shape, folder: Path, context: int, seed: int = 0) -> list[str]:

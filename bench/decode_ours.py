@@ -15,9 +15,9 @@ import torch
 from lhruntime.manifest import read_manifest
 from lhruntime.model import register_operators
 
-from bench.decode_model import read_bytes
+from bench.decode_model import first_tokens, read_bytes
 
-__all__ = ["Directory", "Loop", "first_tokens"]
+__all__ = ["Directory", "Loop"]
 
 _TYPES = {
     "tensor(float)": (torch.float32, np.float32),
@@ -44,7 +44,7 @@ class Directory:
         self.kind = "step" if pair.decode is None else "decode"
         file = path / (pair.decode or pair.step).file
         self.path, self.device, self.states, self.tokens = path, device, manifest.states, manifest.input
-        self.output = manifest.output
+        self.output, self.vocabulary = manifest.output, manifest.vocab_size or 0
         self.read = read_bytes(file)
         self.cuda_graph = cuda_graph and device == "cuda" and self.kind == "decode"
         self.operators = operators
@@ -93,7 +93,8 @@ class Loop:
         self._sides = [zeros(), zeros()]
         self.state_bytes = sum(state.nbytes for state in self._sides[0].values())
         self.traffic = 2 * self.state_bytes
-        self._tokens = [torch.from_numpy(first_tokens(batch))[:, None].to(self._device) for _ in range(2)]
+        first = torch.from_numpy(first_tokens(batch, directory.vocabulary))[:, None]
+        self._tokens = [first.to(self._device) for _ in range(2)]
         self._kept: dict[str, torch.Tensor] = {}  # greedy: temperature 0, all tokens, no cut
         for value in directory.session.get_inputs():
             if value.name not in shapes and value.name != directory.tokens:
@@ -157,11 +158,6 @@ def _place(value: torch.Tensor) -> tuple[str, int, Any, list[int], int]:
     """Device, its number, type, shape and address, as onnxruntime binds memory of others."""
     kind = next(number for dtype, number in _TYPES.values() if dtype == value.dtype)
     return value.device.type, value.device.index or 0, kind, list(value.shape), value.data_ptr()
-
-
-def first_tokens(batch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """What sequences begin with, drawn at random: rows that are all alike could take less power than those of use."""
-    return np.random.default_rng(0).integers(256, size=batch)
 
 
 def prepare() -> None:

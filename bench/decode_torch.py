@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.decode_model import Shape
+from bench.decode_model import Shape, first_tokens
 from bench.decode_timing import captured, is_full, seconds
 from lhcompile.ssm import RealModal, partners, real_powers
 
@@ -250,7 +250,7 @@ class Decoder:
 
     def __init__(self, weights: Weights, mixer: Mixer, batch: int, compiled: bool = False) -> None:
         self.weights, self.mixer, self.batch = weights, mixer, batch
-        self.tokens = torch.zeros(batch, dtype=torch.int64, device=weights.device)
+        self.tokens = torch.from_numpy(first_tokens(batch, weights.shape.vocabulary)).to(weights.device)
         self.parts: tuple[Callable[..., Tensor], ...] = (enter, leave_fused, choose)
         if compiled:
             self.parts = _compiled()
