@@ -9,11 +9,11 @@ measured on its held-out text, at order 4; the larger model (12 layers, width 76
 order 4) has random weights, so only its sizes and speeds mean anything. Steps and prefills are timed in turns, all
 cells of a model within one run, two threads, batch 1, with a pause between two cells, for the threads of a session
 wait awake a while after its last step and would take a core from the next; figures are medians. The floor of a step
-is the time in which the weights that it reads come from memory, at the rate at which a matrix-vector product of 400
-MB reads them; the embedding, of which a step reads one row, does not count. The graphs for web and mcu run in
-onnxruntime on the same CPU like the others: web prefills 32 tokens a call, mcu has no prefill and steps. Those for
-cuda have no times here, for on a CPU they run as the functions that specify their operators; `bench.decode_cuda` has
-those of a GPU.
+is the time in which the weights that it reads come from memory, at the rate at which 400 MB are read in the same
+turns, by a product with a vector or by a sum, whichever is faster; the embedding, of which a step reads one row, does
+not count. The graphs for web and mcu run in onnxruntime on the same CPU like the others: web prefills 32 tokens a
+call, mcu has no prefill and steps. Those for cuda have no times here, for on a CPU they run as the functions that
+specify their operators; `bench.decode_cuda` has those of a GPU.
 """
 
 from __future__ import annotations
@@ -114,8 +114,7 @@ def figures(name: str, quick: bool) -> Row:
                 print(name, *rows[-1].values(), flush=True)
                 gc.collect()
         timed = [row for row in rows if row["target"] != CUDA]
-        torch_rate = _time(timed, folder, load(model, config=options["config"]).module)
-        bandwidth = _bandwidth()
+        torch_rate, bandwidth = _time(timed, folder, load(model, config=options["config"]).module)
     for row in timed:
         row["floor_ms"] = 1e3 * (row["step_bytes"] - row["embedding_bytes"] + 2 * row["state_bytes"]) / bandwidth
     return {"cells": rows, "bandwidth": bandwidth, "torch_prefill": torch_rate}
@@ -141,15 +140,24 @@ def _bytes(tensor: Any) -> int:
     return int(tensor.ByteSize())
 
 
-def _time(rows: list[Row], folder: Path, module: torch.nn.Module) -> float:
-    """Fills in milliseconds of a step and tokens a second of a prefill; returns those of the module itself."""
+def _time(rows: list[Row], folder: Path, module: torch.nn.Module) -> tuple[float, float]:
+    """Fills in milliseconds of a step and tokens a second of a prefill; returns those of the module itself, and the
+    bytes a second at which memory is read."""
     sessions = [
         Session.load(folder / f"{row['precision']}-{row['target']}", threads=THREADS, verify=False) for row in rows
     ]
     vocabulary = sessions[0].manifest.vocab_size
     prompt = np.random.default_rng(0).integers(0, vocabulary, (1, PROMPT))
     steps: list[list[float]] = [[] for _ in rows]
+    much, vector = torch.ones(10_000, 10_000), torch.ones(10_000)
+    reads: dict[str, Callable[[], Any]] = {"product": lambda: torch.mv(much, vector), "sum": much.sum}
+    reading: dict[str, list[float]] = {name: [] for name in reads}
     for index in range(STEPS):
+        time.sleep(PAUSE)
+        for name, read in reads.items():
+            started = time.perf_counter()
+            read()
+            reading[name].append(time.perf_counter() - started)
         for session, times in zip(sessions, steps, strict=True):
             time.sleep(PAUSE)
             for again in range(3):  # the first brings the weights back into what caches hold
@@ -175,18 +183,8 @@ def _time(rows: list[Row], folder: Path, module: torch.nn.Module) -> float:
     for row, step, fill in zip(rows, steps, fills, strict=True):
         row["step_ms"] = 1e3 * float(np.median(step))
         row["prefill"] = PROMPT / float(np.median(fill))
-    return PROMPT / float(np.median(theirs))
-
-
-def _bandwidth() -> float:
-    """Bytes a second that a product of a matrix of 400 MB with a vector reads; the median of nine."""
-    matrix, vector = torch.ones(10_000, 10_000), torch.ones(10_000)
-    times = []
-    for _ in range(9):
-        started = time.perf_counter()
-        torch.mv(matrix, vector)
-        times.append(time.perf_counter() - started)
-    return 4e8 / float(np.median(times))
+    bandwidth = much.nbytes / min(float(np.median(times)) for times in reading.values())
+    return PROMPT / float(np.median(theirs)), bandwidth
 
 
 def table(name: str, found: Row) -> Iterator[str]:

@@ -4,12 +4,10 @@
 #include <dlfcn.h>
 #include <library_types.h>
 
-#include <algorithm>
 #include <map>
 #include <mutex>
 #include <string>
 #include <tuple>
-#include <vector>
 
 namespace lhcompile {
 namespace {
@@ -34,9 +32,6 @@ constexpr int kScaleModeA = 31, kScaleModeB = 32, kOuterVector = 3;  // one scal
 constexpr int kNothing = 1, kBias = 4, kGelu = 32;                   // epilogues; they add up
 constexpr int kMaxWorkspace = 1;
 constexpr size_t kWorkspace = 32u << 20;
-// Products of so many rows are tried with so many algorithms, in turns, each so often at a time.
-constexpr int64_t kTriedFrom = 2048;
-constexpr int kTried = 8, kTurns = 5, kRepeats = 4;
 
 struct Library {
   int (*create)(Handle*);
@@ -100,11 +95,11 @@ int cuda_type(Type type) {
   }
 }
 
-// A product of one shape, ready to be called once it has algorithms, the best one first; in column-major terms
-// yᵀ = weight · xᵀ.
+// A product of one shape, ready to be called; in column-major terms yᵀ = weight · xᵀ.
 struct Plan {
   Object product = nullptr, weight = nullptr, x = nullptr, y = nullptr;
-  std::vector<Algorithm> algorithms;  // more than one until they were tried
+  Algorithm algorithm{};
+  bool ready = false;
 };
 
 using Key = std::tuple<int, int64_t, int64_t, int64_t, Type, Type, bool, bool, bool, bool>;
@@ -166,51 +161,22 @@ const char* prepare(const Product& p, Handle handle, Plan& plan) {
   const size_t most = kWorkspace;
   if (!failed) failed = lt.prefer(&preference);
   if (!failed) failed = lt.prefer_set(preference, kMaxWorkspace, &most, sizeof(most));
-  Found found[kTried]{};
+  Found found{};
   int count = 0;
-  const int wanted = p.rows < kTriedFrom ? 1 : kTried;
   const bool described = !failed;
-  auto choose = [&] {
-    return lt.choose(handle, plan.product, plan.weight, plan.x, plan.y, plan.y, preference, wanted, found, &count);
-  };
-  if (!failed) failed = choose();
+  if (!failed)
+    failed = lt.choose(handle, plan.product, plan.weight, plan.x, plan.y, plan.y, preference, 1, &found, &count);
   if (p.x_scale && described && (failed || count == 0)) {  // few shapes have no such algorithm
     const int8_t whole = 0;
     failed = lt.describe_set(plan.product, kFastSums, &whole, sizeof(whole));
-    if (!failed) failed = choose();
+    if (!failed)
+      failed = lt.choose(handle, plan.product, plan.weight, plan.x, plan.y, plan.y, preference, 1, &found, &count);
   }
   if (preference) lt.prefer_end(preference);
   if (failed || count == 0) return "cuBLASLt has no algorithm for a product";
-  for (int i = 0; i < count; i++) plan.algorithms.push_back(found[i].algorithm);
+  plan.algorithm = found.algorithm;
+  plan.ready = true;
   return nullptr;
-}
-
-// The algorithm of least time in a median turn; `run` starts a product on the stream and tells whether that failed.
-template <typename F>
-Algorithm fastest(const std::vector<Algorithm>& algorithms, cudaStream_t stream, const F& run) {
-  cudaEvent_t begin, end;
-  cudaEventCreate(&begin), cudaEventCreate(&end);
-  std::vector<std::vector<float>> times(algorithms.size());
-  for (int turn = 0; turn < kTurns; turn++)
-    for (size_t i = 0; i < algorithms.size(); i++) {
-      bool failed = run(algorithms[i]);  // not timed: it may load a kernel
-      cudaEventRecord(begin, stream);
-      for (int n = 0; n < kRepeats; n++) failed = failed || run(algorithms[i]);
-      cudaEventRecord(end, stream);
-      cudaEventSynchronize(end);
-      float spent = 0;
-      cudaEventElapsedTime(&spent, begin, end);
-      times[i].push_back(failed ? 1e30f : spent);
-    }
-  cudaEventDestroy(begin), cudaEventDestroy(end);
-  for (auto& each : times) std::sort(each.begin(), each.end());
-  auto median = [](const auto& p, const auto& q) { return p[kTurns / 2] < q[kTurns / 2]; };
-  return algorithms[std::min_element(times.begin(), times.end(), median) - times.begin()];
-}
-
-bool captured(cudaStream_t stream) {
-  auto status = cudaStreamCaptureStatusNone;
-  return cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone;
 }
 
 }  // namespace
@@ -238,7 +204,7 @@ const char* multiply(const Product& p, void* stream) {
                 p.gelu_tanh,
                 p.x_scale != nullptr};
   Plan& plan = all.plans[key];
-  if (plan.algorithms.empty())
+  if (!plan.ready)
     if (const char* problem = prepare(p, handle, plan)) return problem;
   int failed = 0;
   auto set = [&](int attribute, const void* const& value) {
@@ -250,14 +216,10 @@ const char* multiply(const Product& p, void* stream) {
     set(kScaleB, p.x_scale);
   }
   const float one = 1.0f, beta = p.residual ? 1.0f : 0.0f;
-  const auto line = static_cast<cudaStream_t>(stream);
-  auto run = [&](const Algorithm& algorithm) {
-    return lt.multiply(handle, plan.product, &one, p.weight, plan.weight, p.x, plan.x, &beta,
-                       p.residual ? p.residual : p.y, plan.y, p.y, plan.y, &algorithm, workspace, kWorkspace, line);
-  };
-  if (!failed && plan.algorithms.size() > 1 && p.residual != p.y && !captured(line))
-    plan.algorithms = {fastest(plan.algorithms, line, run)};
-  if (!failed) failed = run(plan.algorithms.front());
+  if (!failed)
+    failed = lt.multiply(handle, plan.product, &one, p.weight, plan.weight, p.x, plan.x, &beta,
+                         p.residual ? p.residual : p.y, plan.y, p.y, plan.y, &plan.algorithm, workspace, kWorkspace,
+                         static_cast<cudaStream_t>(stream));
   return failed ? "a product of cuBLASLt failed" : nullptr;
 }
 
