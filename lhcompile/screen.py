@@ -78,10 +78,11 @@ def costs(report: Any) -> list[tuple[str, str]]:
         fixed, every = report.fixed_signals
         rows.append(("signals", f"{fixed} of {every} rounded by fixed scales, the others by what each token holds"))
     for each in report.passes:
-        if each.rise is None:
+        if each.loss_before is None:
             cost = f"error {each.error_before:.2e} → {each.error_after:.2e}"
         else:
-            cost = f"loss {each.loss_before:.5f} → {each.loss_after:.5f}  ({each.rise:+.3%})"
+            share = "" if each.rise is None else f"  ({each.rise:+.3%})"  # there is none where the loss was 0
+            cost = f"loss {each.loss_before:.5f} → {each.loss_after:.5f}{share}"
         rows.append((f"cost, {each.after}", cost))
     return rows
 

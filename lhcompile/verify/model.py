@@ -223,7 +223,7 @@ class RoundingBudget(_Part):
 class PassReport(_Part):
     """One step that rounds numbers: the stage after it against the stage before it, on the same tokens.
 
-    rise: of the loss, relative to the loss before; None for a continuous signal, which has errors instead
+    rise: of the loss, relative to the loss before; None where that is 0, and for a continuous signal, which has errors
     """
 
     before: str
