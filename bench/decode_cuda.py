@@ -15,7 +15,9 @@ A step of all but the last is one CUDA graph, greedy choice of the token include
 that users have, in which the host sees the tokens of sixteen steps at a time. A prompt of 512 and 256 tokens after
 it mean a context of 640 on average; ours and the loop do not depend on it. For one sequence the peers' parts beside the
 mixer are compiled by torch.compile too, and the faster form counts. Batches double until memory is full, the last is
-the largest that fits; every system counts at its best. Figures are medians over groups of steps.
+the largest that fits, or until doubling a large one gains less than a hundredth; every system counts at its best.
+Sequences begin with tokens drawn at random, for rows that are all alike draw less power, and a GPU at its limit of
+power then runs at a higher clock. Figures are medians over groups of steps.
 
 The floor of a step is the time for its bytes (weights, states read and written) at the rate of memory, or for its
 operations with the states' bytes after them, whichever is more. The rate of memory is the better of copying and
