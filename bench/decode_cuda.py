@@ -107,7 +107,8 @@ def fitting(batches: tuple[int, ...], each: int) -> list[int]:
     """The batches that fit into free memory, at `each` bytes a sequence, and the largest multiple of 8 that does."""
     most = max(1, (used()[1] - RESERVE) // each) if torch.cuda.is_available() else max(batches)
     full = most // 8 * 8
-    return [batch for batch in batches if batch <= most] + ([full] if full > 0 and full < max(batches) else [])
+    found = [batch for batch in batches if batch <= most]
+    return found + [full] * (max(found, default=0) < full < max(batches))
 
 
 class Bench:
@@ -303,14 +304,14 @@ def shape_figures(shape: Shape, options: argparse.Namespace, save: Callable[[Row
         found["seconds"] = time.perf_counter() - started
         save(found)
 
+    bench.peers(keep, lambda name: _noted(found, name))  # first: they are to have all of the memory
+    clear()
+    found["left_bytes"] = used()[0]
+    print(f"  {found['left_bytes'] / 1e9:.2f} GB are in use before ours", flush=True)
     for precision, directory in directories.items():
         with _noted(found, f"ours {precision}"):
             bench.ours(directory, precision, keep)
         clear()
-    found["left_bytes"] = used()[0]
-    print(f"  {found['left_bytes'] / 1e9:.2f} GB are in use before the peers", flush=True)
-    bench.peers(keep, lambda name: _noted(found, name))
-    clear()
     save(found)
     return bool(found.get("errors"))
 
