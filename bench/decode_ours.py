@@ -44,7 +44,9 @@ class Directory:
         self.kind = "step" if pair.decode is None else "decode"
         file = path / (pair.decode or pair.step).file
         self.path, self.device, self.states, self.tokens = path, device, manifest.states, manifest.input
-        self.output, self.vocabulary = manifest.output, manifest.vocab_size or 0
+        self.output = manifest.output
+        assert manifest.vocab_size is not None  # these are models of tokens
+        self.vocabulary = manifest.vocab_size
         self.read = read_bytes(file)
         self.cuda_graph = cuda_graph and device == "cuda" and self.kind == "decode"
         self.operators = operators

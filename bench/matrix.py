@@ -24,6 +24,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,21 +151,16 @@ def _time(rows: list[Row], folder: Path, module: torch.nn.Module) -> tuple[float
     prompt = np.random.default_rng(0).integers(0, vocabulary, (1, PROMPT))
     steps: list[list[float]] = [[] for _ in rows]
     much, vector = torch.ones(10_000, 10_000), torch.ones(10_000)
-    reads: dict[str, Callable[[], Any]] = {"product": lambda: torch.mv(much, vector), "sum": much.sum}
+    reads: dict[str, Callable[[], object]] = {"product": lambda: torch.mv(much, vector), "sum": much.sum}
     reading: dict[str, list[float]] = {name: [] for name in reads}
     for index in range(STEPS):
         time.sleep(PAUSE)
         for name, read in reads.items():
-            started = time.perf_counter()
-            read()
-            reading[name].append(time.perf_counter() - started)
+            reading[name].append(_seconds(read))
         for session, times in zip(sessions, steps, strict=True):
             time.sleep(PAUSE)
-            for again in range(3):  # the first brings the weights back into what caches hold
-                started = time.perf_counter()
-                session.step(prompt[:, index])
-                if again:
-                    times.append(time.perf_counter() - started)
+            session.step(prompt[:, index])  # brings the weights back into what caches hold
+            times += [_seconds(partial(session.step, prompt[:, index])) for _ in range(2)]
     fills: list[list[float]] = [[] for _ in rows]
     theirs = []
     ids = torch.from_numpy(prompt)
@@ -172,19 +168,21 @@ def _time(rows: list[Row], folder: Path, module: torch.nn.Module) -> tuple[float
         for session, times in zip(sessions, fills, strict=True):
             session.reset()
             time.sleep(PAUSE)
-            started = time.perf_counter()
-            session.prefill(prompt, chunk=PROMPT)
-            times.append(time.perf_counter() - started)
+            times.append(_seconds(partial(session.prefill, prompt, chunk=PROMPT)))
         time.sleep(PAUSE)
-        started = time.perf_counter()
         with torch.no_grad():
-            module(ids)
-        theirs.append(time.perf_counter() - started)
+            theirs.append(_seconds(partial(module, ids)))
     for row, step, fill in zip(rows, steps, fills, strict=True):
         row["step_ms"] = 1e3 * float(np.median(step))
         row["prefill"] = PROMPT / float(np.median(fill))
     bandwidth = much.nbytes / min(float(np.median(times)) for times in reading.values())
     return PROMPT / float(np.median(theirs)), bandwidth
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def table(name: str, found: Row) -> Iterator[str]:
