@@ -10,6 +10,7 @@ the same order. Only batch is dynamic, and seq in prefill.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import onnx_ir as ir
@@ -27,7 +28,8 @@ from lhcompile.lower.masked import masked
 __all__ = ["WEIGHTS_NAME", "complete", "lower", "masked", "weight_places", "write_graphs"]
 
 _TARGETS: dict[Target, ModuleType] = {"portable": portable, "cpu": cpu, "cuda": cuda, "web": web, "mcu": mcu}
-_FUSED: frozenset[Target] = frozenset(["cuda"])
+_ON_DEVICE: frozenset[Target] = frozenset(["cuda"])
+"""Targets whose loops of tokens never leave the device, for which there is a decode graph."""
 
 
 def lower(program: Program, target: Target) -> Lowered:
@@ -36,12 +38,12 @@ def lower(program: Program, target: Target) -> Lowered:
     Raises LowerError when an operator has no ONNX form.
     """
     chosen = _TARGETS[target]
-    program = fuse(program) if target in _FUSED else program
-    step = export_onnx(program, chosen.Step, one_token=True, batch=chosen.BATCH)
+    step = export_onnx(fuse(program, chosen.Step.fused), chosen.Step, one_token=True, batch=chosen.BATCH)
     prefill = step
     if chosen.Prefill is not None:
         chosen_prefill = chosen.Prefill.within(program)
-        prefill = export_onnx(program, chosen_prefill, one_token=False, batch=chosen.BATCH, time=chosen_prefill.time)
+        fused = fuse(program, chosen_prefill.fused)
+        prefill = export_onnx(fused, chosen_prefill, one_token=False, batch=chosen.BATCH, time=chosen_prefill.time)
         share_tensors(step, prefill)
     lowered = Lowered(step=step, prefill=prefill, target=target, states=program.states, batch=chosen.BATCH)
     return complete(lowered)
@@ -53,8 +55,8 @@ def complete(lowered: Lowered, decode: bool = False) -> Lowered:
 
     decode: with a decode graph, where the target has one
     """
-    step = with_functions(lowered.step)
-    alone = lowered.prefill is lowered.step
-    prefill = step if alone else with_functions(lowered.prefill)
-    chosen = decode and lowered.target in _FUSED and step.graph.inputs[0].dtype == ir.DataType.INT64
-    return replace(lowered, step=step, prefill=prefill, decode=with_functions(decoding(step)) if chosen else None)
+    with_forms = partial(with_functions, target=lowered.target)
+    step = with_forms(lowered.step)
+    prefill = step if lowered.prefill is lowered.step else with_forms(lowered.prefill)
+    chosen = decode and lowered.target in _ON_DEVICE and step.graph.inputs[0].dtype == ir.DataType.INT64
+    return replace(lowered, step=step, prefill=prefill, decode=with_forms(decoding(step)) if chosen else None)

@@ -26,7 +26,9 @@ class Body:
     def ops(
         self, kind: str, count: int, *inputs: ir.Value, **attributes: int | float | str | Sequence[int] | ir.Graph
     ) -> Sequence[ir.Value]:
-        return self._append(ir.node(kind, inputs, attributes, num_outputs=count))
+        """kind: behind a domain and "::" where it is not ONNX's own"""
+        domain, _, kind = kind.rpartition("::")
+        return self._append(ir.node(kind, inputs, attributes, domain=domain, num_outputs=count))
 
     def op(self, kind: str, *inputs: ir.Value, **attributes: int | float | str | Sequence[int]) -> ir.Value:
         return self.ops(kind, 1, *inputs, **attributes)[0]
@@ -67,7 +69,8 @@ class Body:
         return node.outputs
 
     def graph(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], name: str) -> ir.Graph:
-        return ir.Graph(inputs, outputs, nodes=self.nodes, opset_imports={"": OPSET}, name=name)
+        opsets = {"": OPSET} | {node.domain: 1 for node in self.nodes if node.domain}
+        return ir.Graph(inputs, outputs, nodes=self.nodes, opset_imports=opsets, name=name)
 
     def function(
         self,

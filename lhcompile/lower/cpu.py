@@ -1,13 +1,21 @@
-"""The lowering for onnxruntime on a CPU: today the portable one, operator for operator.
+"""The lowering for onnxruntime on a CPU: fused operators in the step, fused projections in prefill.
 
-onnxruntime's fused com.microsoft operators were measured and are slower here (docs/decisions/002); the target exists
-so that a faster lowering changes one file and no user's command.
+The library of runtimes/ops has kernels for them; where it is not registered onnxruntime takes the functions they carry,
+which are as fast as the portable lowering (docs/decisions/021). A prompt's mixers stay portable: their chunks are
+products of matrices, which onnxruntime makes faster than any function scans.
 """
 
 from __future__ import annotations
 
-from lhcompile.lower.portable import Prefill, Step
+from lhcompile.lower import fused
 
 __all__ = ["BATCH", "Prefill", "Step"]
 
 BATCH: int | None = None
+Step = fused.Step
+
+
+class Prefill(fused.Prefill):
+    """Any number of tokens."""
+
+    fused = frozenset({"Linear"})

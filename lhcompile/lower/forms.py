@@ -15,17 +15,18 @@ IR_VERSION = 10
 """The first in which a function may have several forms."""
 
 
-def with_functions(model: ir.Model) -> ir.Model:
+def with_functions(model: ir.Model, target: str) -> ir.Model:
     """The model, whose nodes of fused operators name their form now, and which carries the functions for them.
 
-    Functions that it had before are gone. The forms follow from the types and shapes of the nodes' values.
+    Functions that it had before are gone. The forms follow from the types and shapes of the nodes' values, and on `cpu`
+    from what onnxruntime is fast at.
     """
     model.functions.clear()
     made: dict[object, ir.Function] = {}
     for node in model.graph.all_nodes():
         if node.domain != DOMAIN:
             continue
-        function = _FORMS[node.op_type](node)
+        function = _FORMS[node.op_type](node, target)
         function = made.setdefault(function.identifier(), function)
         model.functions[function.identifier()] = function
         node.overload = function.overload
@@ -37,7 +38,7 @@ def with_functions(model: ir.Model) -> ir.Model:
     return model
 
 
-def _mixer(node: ir.Node) -> ir.Function:
+def _mixer(node: ir.Node, target: str) -> ir.Function:
     _, _, _, weight, bias, own, other, *_ = node.inputs
     signal, conv, recurrent = (_type(node.inputs[index]) for index in range(3))
     return mixer_function(
@@ -55,7 +56,7 @@ def _mixer(node: ir.Node) -> ir.Function:
     )
 
 
-def _linear(node: ir.Node) -> ir.Function:
+def _linear(node: ir.Node, target: str) -> ir.Function:
     return linear_function(
         norm=node.attributes["norm"].as_string(),  # type: ignore[arg-type]
         activation=node.attributes["activation"].as_string(),  # type: ignore[arg-type]
@@ -67,14 +68,22 @@ def _linear(node: ir.Node) -> ir.Function:
         signal=_type(node.inputs[0]),
         bias_type=_type(node.inputs[2]) if _there(node, 2) else None,
         name=node.op_type,  # type: ignore[arg-type]
+        block_product=_block_product(node) if target == "cpu" else None,
     )
 
 
-def _sample(node: ir.Node) -> ir.Function:
+def _block_product(node: ir.Node) -> tuple[int, int] | None:
+    """Outputs and inputs of a product of 4-bit codes."""
+    if node.op_type != "LinearInt4":
+        return None
+    return _size(node.inputs[1], 0), _size(node.inputs[0], -1)
+
+
+def _sample(node: ir.Node, target: str) -> ir.Function:
     return sample_function(signal=_type(node.inputs[0]))
 
 
-_FORMS: dict[str, Callable[[ir.Node], ir.Function]] = {
+_FORMS: dict[str, Callable[[ir.Node, str], ir.Function]] = {
     "HyenaMixer": _mixer,
     "Linear": _linear,
     "LinearFp8": _linear,

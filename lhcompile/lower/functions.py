@@ -26,6 +26,8 @@ Norm = Literal["none", "layer", "rms"]
 Activation = Literal["none", "gelu", "gelu_tanh"]
 Projection = Literal["Linear", "LinearFp8", "LinearInt4"]
 _END = 2**63 - 1
+_BLOCK, _BYTES = 32, 4
+"""Inputs that share a scale of 4-bit codes; accuracy_level of MatMulNBits for products of bytes."""
 _LARGEST, _SMALLEST = 448.0, 1e-30
 """The largest number of float8 e4m3; a row of a signal that is taken for zero."""
 _SHORT = {Type.FLOAT: "f32", Type.FLOAT16: "f16", Type.BFLOAT16: "bf16"}
@@ -204,6 +206,7 @@ def linear_function(
     signal: Type = FLOAT,
     bias_type: Type | None = None,
     name: Projection = "Linear",
+    block_product: tuple[int, int] | None = None,
 ) -> ir.Function:
     """Linear: a projection with its neighbours, y = residual + activation(norm(x) Wᵀ + bias).
 
@@ -222,20 +225,27 @@ def linear_function(
     LinearInt4 has its weight in 4 bits, W = (code − 8) ∘ weight_scale in float32, rounded to x's type where that is of
     16 bits; from there on it is Linear. weight is uint8 [N, K / 32, 16], two codes a byte, the even input in the lower
     half; weight_scale float16 [N, K / 32] is behind the other inputs. K is a multiple of 32.
+
+    block_product: (N, K) of a LinearInt4 of float32 whose product is com.microsoft MatMulNBits, which rounds x to 8
+    bits by a scale for 32 of them: a fallback that is fast on a CPU, and no specification.
     """
     names = "x weight bias residual norm_scale norm_bias" + " weight_scale" * (name != "Linear")
     inputs = [ir.Value(name=each) for each in names.split()]
     x, weight, offset, carried, scale, shift = inputs[:6]
     fp8 = name == "LinearFp8"
     body = Body()
-    if name == "LinearInt4":
+    if name == "LinearInt4" and not block_product:
         weight = _weight_int4(body, weight, inputs[6], signal)
     x = body.cast(x, signal) if fp8 or norm != "none" else x
     if norm != "none":
         x = _normed(body, x, scale, shift if norm_bias else None, norm, epsilon)
         x = x if fp8 else body.back(x, signal)
-    rows = body.op("Squeeze", x, body.ints(1)) if one_token else body.op("Flatten", x, axis=2)
-    if fp8:
+    rows = x
+    if not block_product:
+        rows = body.op("Squeeze", x, body.ints(1)) if one_token else body.op("Flatten", x, axis=2)
+    if block_product:
+        y = _product_blocks(body, x, weight, inputs[6], *block_product)
+    elif fp8:
         y = _product_fp8(body, rows, weight, inputs[6])
     elif signal == Type.BFLOAT16:  # processors have no product of these
         y = body.op("Gemm", body.cast(rows, signal), body.cast(weight, signal), transB=1)
@@ -245,7 +255,9 @@ def linear_function(
         y = body.op("Add", y, body.cast(offset, bias_type or signal))
     if activation != "none":
         y = body.op("Gelu", y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    if one_token:
+    if block_product:
+        pass
+    elif one_token:
         y = body.op("Unsqueeze", y, body.ints(1))
     else:
         size = body.op("Concat", body.op("Shape", inputs[0], start=0, end=2), body.ints(-1), axis=0)
@@ -256,6 +268,8 @@ def linear_function(
     form += f"_{_SHORT[signal]}" + ("" if bias_type in (None, signal) else f"_{_SHORT[bias_type]}")
     if norm != "none":
         form += f"_{epsilon:g}"
+    if block_product:
+        form += "_blocks_{}x{}".format(*block_product)
     return body.function(
         name,
         form + _flags(step=one_token),
@@ -274,6 +288,14 @@ def _product_fp8(body: Body, rows: ir.Value, weight: ir.Value, unit: ir.Value) -
     codes = body.op("Cast", body.op("Div", rows, own), to=Type.FLOAT8E4M3FN)
     y = body.op("Gemm", body.op("Cast", codes, to=FLOAT), body.op("Cast", weight, to=FLOAT), transB=1)
     return body.op("Mul", body.op("Mul", y, own), unit)
+
+
+def _product_blocks(
+    body: Body, x: ir.Value, weight: ir.Value, unit: ir.Value, outputs: int, inputs: int
+) -> ir.Value:
+    """x float32 [batch, time, inputs], weight and unit as LinearInt4 has them → [batch, time, outputs]"""
+    sizes = {"N": outputs, "K": inputs, "bits": 4, "block_size": _BLOCK, "accuracy_level": _BYTES}
+    return body.op("com.microsoft::MatMulNBits", x, weight, body.cast(unit, Type.FLOAT16), **sizes)
 
 
 def _weight_int4(body: Body, codes: ir.Value, scale: ir.Value, signal: Type) -> ir.Value:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,22 +29,29 @@ from lhcompile.lower import fused_ops  # noqa: F401  (registers lhc::hyena_mixer
 from lhcompile.lower.norms import Norm, norm_of
 from lhcompile.ops import per_channel
 
-__all__ = ["fuse"]
+__all__ = ["KINDS", "fuse"]
 
+KINDS = frozenset({"HyenaMixer", "Linear"})
 aten, lhc = torch.ops.aten, torch.ops.lhc
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 
 
-def fuse(program: Program) -> Program:
-    """The same streamed program with fused operators; the one that came in is left as it is."""
+def fuse(program: Program, kinds: Collection[str]) -> Program:
+    """The same streamed program with fused operators of these kinds; the one that came in is left as it is."""
+    if not kinds:
+        return program
     module = copy.copy(program.graph)
     module.__dict__["_buffers"] = dict(program.graph._buffers)
     module.graph = copy.deepcopy(program.graph.graph)
-    for modal in [node for node in module.graph.nodes if node.target == lhc.modal_ssm.default]:
+    modals, products = (
+        [node for node in module.graph.nodes if kind in kinds and node.target == target]
+        for kind, target in (("HyenaMixer", lhc.modal_ssm.default), ("Linear", aten.linear.default))
+    )
+    for modal in modals:
         mixer = _mixer_around(module, modal)
         if mixer is not None:
             _write_mixer(module, mixer)
-    for product in [node for node in module.graph.nodes if node.target == aten.linear.default]:
+    for product in products:
         _write_linear(module, product)
     module.graph.eliminate_dead_code()
     module.recompile()

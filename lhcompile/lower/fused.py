@@ -14,6 +14,7 @@ from onnxscript.values import Op, Opset
 
 from lhcompile.lower import portable
 from lhcompile.lower.body import DOMAIN, VERSION
+from lhcompile.lower.fuse import KINDS
 
 __all__ = ["Prefill", "Step"]
 
@@ -70,6 +71,8 @@ LINEAR = _schema(
 
 
 class _Fused(portable.Lowering):
+    fused = KINDS
+
     def table(self) -> dict[Any, Callable[..., Any]]:
         lhc = torch.ops.lhc
         return super().table() | {lhc.hyena_mixer.default: _mixer, lhc.linear.default: _linear}

@@ -31,6 +31,7 @@ BATCH: int | None = None
 class Lowering:
     """Translations of the lhc operators; `weights` gives the value of a weight by the name it has in the graph."""
 
+    fused: frozenset[str] = frozenset()  # kinds of operators that groups of others become first (`lower.fuse`)
     gathers = False  # whether packed states are taken apart with Gather alone, for targets that scatter nothing
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:

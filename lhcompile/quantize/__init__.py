@@ -48,6 +48,8 @@ __all__ = [
 OPSET, IR_VERSION = 21, 10
 """The first with blocks in DequantizeLinear and with 4-bit tensors."""
 _KINDS: dict[str, Callable[[ir.Graph], Iterator[Use]]] = {"matrices": matrices, "embedding": tables}
+READ: Mapping[str, frozenset[str]] = {"cuda": frozenset(FUSED), "cpu": frozenset({"int4"})}
+"""Precisions of weights that fused projections read as they are stored."""
 APART = f"{LINEAR}.apart"
 """What a fused projection is called that is to be inlined."""
 HELD = 0.02
@@ -92,7 +94,7 @@ def quantize(lowered: Lowered, config: QuantizeConfig, plan: Plan | None = None)
             _Quantize(find, cabinets[kind], prefill)(model)
         model.opset_imports[""] = max(OPSET, model.opset_imports[""])
         model.ir_version = max(IR_VERSION, model.ir_version)
-        if config.quantize in FUSED:
+        if lowered.target == "cuda" and config.quantize in FUSED:
             HalfSignals(config.quantize)(model)
         return _tidy(model)
 
@@ -105,7 +107,7 @@ def quantize(lowered: Lowered, config: QuantizeConfig, plan: Plan | None = None)
         lowered=replace(_both(lowered, config, plan, quantized), precision=config.quantize),
         rounded=_both(lowered, config, plan, rounded),
         parts=tuple(part for kind, cabinet in cabinets.items() if (part := cabinet.part(kind)).tensors),
-        inner_step=quantized(_spelled(lowered.step, config, plan), True) if lowered.target == "cpu" else None,
+        inner_step=quantized(_spelled(lowered, lowered.step, config, plan), True) if lowered.target == "cpu" else None,
     )
 
 
@@ -113,7 +115,7 @@ def _form(target: str, kind: str, config: QuantizeConfig, plan: Plan, key: Key) 
     """How a weight is stored and read.
 
     onnxruntime on a CPU multiplies bytes faster than it dequantizes once there are many tokens; on a GPU fused kernels
-    are named, for it is not known to recognize the standard form there.
+    are named, for it is not known to recognize the standard form there. 4 bits are those of a fused projection on both.
     """
     precision = plan.precisions.get(key, config.quantize)
     if precision == "fp8":
@@ -123,13 +125,13 @@ def _form(target: str, kind: str, config: QuantizeConfig, plan: Plan, key: Key) 
             return half_table(precision)
         return half_products(precision) if target == "cuda" else half_weight(precision)
     bits = 8 if precision == "int8" else 4
-    if target == "cuda" and bits == 4:
-        return int4_table() if kind == "embedding" else int4_products()
+    if bits == 4 and target in ("cuda", "cpu"):
+        return int4_table(halves=target == "cuda") if kind == "embedding" else int4_products()
     if kind == "embedding":
         return integer_table(bits)
     if key in plan.signals:
         return fixed_signals(*plan.signals[key])
-    if target == "cuda" or (target == "cpu" and bits == 4):
+    if target == "cuda":
         return fused_weight(bits)
     return integer_products() if target == "cpu" else linear_weight(bits)
 
@@ -154,7 +156,7 @@ def plan_weights(
         signals, listened = _signals(lowered, config, rows)
     if budget is None or config.quantize == "none":
         return Plan(signals=signals, listened=listened)
-    model, candidates = _spelled(lowered.prefill, config, Plan()), []
+    model, candidates = _spelled(lowered, lowered.prefill, config, Plan()), []
     keys: dict[str, Key] = {}
     ladder = LADDER[LADDER.index(config.quantize) :] if config.quantize in LADDER else (config.quantize,)
     for kind, find in _KINDS.items():
@@ -195,7 +197,7 @@ def _signals(
     lowered: Lowered, config: QuantizeConfig, rows: Tensor
 ) -> tuple[dict[Key, tuple[float, float]], int]:
     """The ends of each matrix's signal where a fixed scale holds it well, and the number of matrices."""
-    model = _spelled(lowered.prefill, config, Plan())
+    model = _spelled(lowered, lowered.prefill, config, Plan())
     uses = {str(index): use for index, use in enumerate(matrices(model.graph))}
     ranges = signal_ranges(lowered, model, {name: use.signal for name, use in uses.items()}, rows)
     found: dict[Key, Range] = {}
@@ -209,28 +211,32 @@ def _both(
     lowered: Lowered, config: QuantizeConfig, plan: Plan, change: Callable[[ir.Model, bool], ir.Model]
 ) -> Lowered:
     """The graphs changed in copies, which share the tensors that stay."""
-    step = change(_spelled(lowered.step, config, plan), False)
-    alone = lowered.prefill is lowered.step
-    return replace(lowered, step=step, prefill=step if alone else change(_spelled(lowered.prefill, config, plan), True))
+    step = prefill = change(_spelled(lowered, lowered.step, config, plan), False)
+    if lowered.prefill is not lowered.step:
+        prefill = change(_spelled(lowered, lowered.prefill, config, plan), True)
+    return replace(lowered, step=step, prefill=prefill)
 
 
-def _spelled(model: ir.Model, config: QuantizeConfig, plan: Plan) -> ir.Model:
-    """A copy with products as later passes know them: fused ones stay where they read the precision as it is."""
+def _spelled(lowered: Lowered, model: ir.Model, config: QuantizeConfig, plan: Plan) -> ir.Model:
+    """A copy of one of its graphs with products as later passes know them: fused ones stay where they read the
+    precision as it is."""
     model = model.clone()
     for node in model.graph:
-        if node.op_type == LINEAR and node.domain == DOMAIN and not _is_read(Use(node, 1), config, plan):
+        fused = node.op_type == LINEAR and node.domain == DOMAIN
+        if fused and not _is_read(lowered.target, Use(node, 1), config, plan):
             _name_apart(model, node)
     common.InlinePass(lambda function: function.name == APART)(model)
     SpellGemm()(model)
     return model
 
 
-def _is_read(use: Use, config: QuantizeConfig, plan: Plan) -> bool:
+def _is_read(target: str, use: Use, config: QuantizeConfig, plan: Plan) -> bool:
     """Whether a fused projection reads its weight as it is stored."""
-    if config.quantize not in FUSED:
+    read = READ.get(target, frozenset())
+    if config.quantize not in read:
         return False
     precision = plan.precisions.get(_key(use), config.quantize) if plan.precisions else config.quantize
-    return precision in FUSED and (precision != "int4" or whole_blocks(use))
+    return precision in read and (precision != "int4" or whole_blocks(use))
 
 
 def _name_apart(model: ir.Model, node: ir.Node) -> None:

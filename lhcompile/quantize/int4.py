@@ -5,6 +5,7 @@ An embedding of such a width is stored in the same way, so one that is tied to t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,15 +50,18 @@ def int4_products() -> Form:
     return Form(store, write, write)
 
 
-def int4_table() -> Form:
-    """What LinearInt4 reads, looked up, as numbers of float16; a table of another width is `integer_table`."""
+def int4_table(halves: bool) -> Form:
+    """What LinearInt4 reads, looked up; a table of another width is `integer_table`.
+
+    halves: whether entries are numbers of float16, as signals are; otherwise they are not rounded
+    """
     other = integer_table(4)
 
     def store(use: Use) -> Stored:
         return _store(use) if whole_blocks(use) else other.store(use)
 
     def write(writer: Writer, use: Use, stored: Stored) -> None:
-        (_look_up if whole_blocks(use) else other.step)(writer, use, stored)
+        (partial(_look_up, halves) if whole_blocks(use) else other.step)(writer, use, stored)
 
     return Form(store, write, write)
 
@@ -75,11 +79,16 @@ def _store(use: Use) -> Stored:
     return Stored({"codes4": ir.tensor(packed), "half_scales": ir.tensor(codes.scales)}, codes.values)
 
 
-def _look_up(writer: Writer, use: Use, stored: Stored) -> None:
+def _look_up(halves: bool, writer: Writer, use: Use, stored: Stored) -> None:
     codes, scales = (
         writer.op("Gather", writer.tensor(*item), writer.signal, axis=0) for item in stored.tensors.items()
     )
+    if not halves:
+        scales = writer.op("Cast", scales, to=ir.DataType.FLOAT.value)
     scales = writer.op("Unsqueeze", scales, writer.ints(-1))
-    entries = look_up_nibbles(writer, codes, scales, stored.tensors["codes4"].shape.numpy(), np.float16)
-    entries.shape, entries.type = use.node.outputs[0].shape, ir.TensorType(ir.DataType.FLOAT16)
-    writer.become(writer.op("Cast", entries, to=ir.DataType.FLOAT.value))
+    shape, kind = stored.tensors["codes4"].shape.numpy(), np.float16 if halves else np.float32
+    entries = look_up_nibbles(writer, codes, scales, shape, kind)
+    if halves:
+        entries.shape, entries.type = use.node.outputs[0].shape, ir.TensorType(ir.DataType.FLOAT16)
+        entries = writer.op("Cast", entries, to=ir.DataType.FLOAT.value)
+    writer.become(entries)

@@ -43,10 +43,11 @@ def check_products(quantized: Path, rounded: Path, states: tuple[State, ...], to
     model, meant = (onnx.load(path, load_external_data=False) for path in (quantized, rounded))
     if BYTES in {node.op_type for node in _nodes(model.graph)}:
         return False
-    for node in _nodes(model.graph):
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = FLOAT32
+    for part in (model.graph, *model.functions):
+        for node in _nodes(part):
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = FLOAT32
     _unround(model.graph)
     _round_biases(meant.graph, model.graph)
     _widen(model)

@@ -165,6 +165,12 @@ void widen_all(const T* from, float* to, int64_t n) {
   for (; i < n; i++) to[i] = widen(from[i]);
 }
 template <typename T>
+void add_all(const T* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) *reinterpret_cast<Floats*>(to + i) += load(from + i);
+  for (; i < n; i++) to[i] += widen(from[i]);
+}
+template <typename T>
 void narrow_all(const float* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; i++) narrow(from[i], to + i);
 }
@@ -173,15 +179,34 @@ void keep_all(const float* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; i++) keep(from[i], to + i);
 }
 
-// Codes of 4 bits from 16 bytes, the first in the lower half.
-inline void unpack(const uint8_t* bytes, uint8_t (&codes)[32]) {
-#if defined(__SSE2__)
-  const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)), low = _mm_set1_epi8(15);
-  const __m128i even = _mm_and_si128(both, low), odd = _mm_and_si128(_mm_srli_epi16(both, 4), low);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm_unpacklo_epi8(even, odd));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm_unpackhi_epi8(even, odd));
+// A word's lowest code of 4 bits, less 8.
+inline Floats lowest_code(Words codes) {
+#if defined(__AVX512F__)
+  const __m512 numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return reinterpret_cast<Floats>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(codes), numbers));
 #else
-  for (int i = 0; i < 16; i++) codes[2 * i] = bytes[i] & 15, codes[2 * i + 1] = bytes[i] >> 4;
+  return __builtin_convertvector(reinterpret_cast<Ints>(codes & 15u), Floats) - 8.0f;
+#endif
+}
+
+// Four words of codes in each block, of which there may be fewer than a vector holds: zeros stand for the others.
+inline Words load_codes(const uint8_t* from, int64_t blocks) {
+  Words codes = {};
+  std::memcpy(&codes, from, blocks * 4 < kWidth ? static_cast<size_t>(blocks) * 16 : sizeof(codes));
+  return codes;
+}
+// The scale of each word's block.
+inline Floats load_scales(const Half* from, int64_t blocks) {
+#if defined(__AVX512F__)
+  uint64_t four = 0;
+  std::memcpy(&four, from, blocks < 4 ? static_cast<size_t>(blocks) * 2 : sizeof(four));
+  const __m512 scales = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi64_si128(static_cast<int64_t>(four))));
+  const __m512i block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return reinterpret_cast<Floats>(_mm512_permutexvar_ps(block, scales));
+#else
+  Floats scales = {};
+  for (int i = 0; i < kWidth && i / 4 < blocks; i++) scales[i] = widen(from[i / 4]);
+  return scales;
 #endif
 }
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from lhcompile.artifacts import Lowered, Program
 from lhcompile.config import QuantizeConfig
 from lhcompile.lower import complete, lower
-from lhcompile.lower.fuse import fuse
+from lhcompile.lower.fuse import KINDS, fuse
 from lhcompile.quantize import Plan, keep_states, kept_in, plan_weights, quantize
 from lhcompile.quantize.blocks import BLOCK
 from lhcompile.streamify import streamify
@@ -118,7 +118,7 @@ def fed(graphs: Lowered, ids: Tensor, cuts: Sequence[int]) -> list[Tensor]:
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_a_fused_program_is_the_program(name: str, form: str) -> None:
     program = streamed(name, form)
-    fused = fuse(program)
+    fused = fuse(program, KINDS)
     for cuts in CUTS:
         assert_parity(torch_stream(fused), torch_stream(program), program.states, tokens(program), cuts)
     assert named(fused)["linear"] == sum(
@@ -130,10 +130,10 @@ def test_a_fused_program_is_the_program(name: str, form: str) -> None:
 @pytest.mark.parametrize(("form", "mixers"), [("exact", 0), ("modal", 1), ("packed", 1)])
 def test_what_becomes_a_mixer(form: str, mixers: int) -> None:
     """The Hyena, but neither filters that keep their taps nor outer products and other short convolutions."""
-    found = named(fuse(streamed("per channel", form)))
+    found = named(fuse(streamed("per channel", form), KINDS))
     assert found["hyena_mixer"] == mixers
     assert found["fir"] == 5 - mixers
-    assert "hyena_mixer" not in named(fuse(streamed("shared", form)))
+    assert "hyena_mixer" not in named(fuse(streamed("shared", form), KINDS))
 
 
 class Pointwise(Mixer):
@@ -183,7 +183,7 @@ class HeardTwice(Pointwise):
 )
 def test_neighbours_of_a_projection(mixer: type[Mixer], norm: str, activation: str, residual: bool) -> None:
     program = streamify(program_of(mixer))
-    fused = fuse(program)
+    fused = fuse(program, KINDS)
     assert_parity(torch_stream(fused), torch_stream(program), program.states, tokens(program))
     linears = [node for node in fused.graph.graph.nodes if node.target == torch.ops.lhc.linear.default]
     first, up, down, last, head = linears
