@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lhcompile.artifacts import State
 from lhcompile.verify import Fed, SessionModel, assert_close, cuts_of, describe, said
-from lhcompile.verify.budgets import kept_tolerance, state_tolerance
+from lhcompile.verify.budgets import Tolerance, kept_tolerance
 
 __all__ = ["RoundedBetween", "Stepped", "check_drift", "check_kept"]
 
@@ -76,10 +76,9 @@ def check_kept(model: SessionModel, rounded: SessionModel, states: Sequence[Stat
             assert_close(value, truth, tolerance, f"state {state.name} after feeding {describe(cuts)}")
 
 
-def check_drift(stepped: SessionModel, plain: SessionModel, dtype: str, tokens: Tensor) -> None:
-    """Raise ParityError when states kept in `dtype` carry a directory, fed token by token, away from one with float32
+def check_drift(stepped: SessionModel, plain: SessionModel, tolerance: Tolerance, tokens: Tensor) -> None:
+    """Raise ParityError when states in fewer bits carry a directory, fed token by token, away from one with float32
     states that is fed tokens [rows, time] whole."""
-    tolerance = state_tolerance(dtype)
     expected = plain.feed(tokens, [tokens.shape[1]])
     found = stepped.feed(tokens, [1] * tokens.shape[1])
     half = tokens.shape[1] // 2  # the later half, where drift would show

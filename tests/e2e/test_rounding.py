@@ -11,7 +11,8 @@ import pytest
 from commands import done, refused, run
 from lhruntime import Session
 
-from lhcompile.verify import budgets, states
+from lhcompile import verify
+from lhcompile.verify import budgets
 
 
 def report_of(directory: Path) -> dict[str, Any]:
@@ -105,14 +106,25 @@ def test_a_budget_that_cannot_be_kept(checkpoint: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+HALF_STATES_OF_EIGHT_BITS = ("--quantize", "fp8", "--target", "cuda", "--state", "float16")
+
+
+@pytest.mark.parametrize("asked", [("--state", "int8"), HALF_STATES_OF_EIGHT_BITS])
 def test_states_that_drift_too_far(
-    options: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: tuple[object, ...], asked: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tight = budgets.Tolerance("int8 states", 1e-9, "none is as tight")
-    monkeypatch.setattr(states, "state_tolerance", lambda _: tight)
-    outcome = run(*options, tmp_path / "out", "--state", "int8")
-    refused(outcome, r"int8 states: logits after \d+ steps differs by", code=3)
+    tight = budgets.Tolerance("tight states", 1e-9, "none is as tight", on_average=True)
+    monkeypatch.setattr(verify, "state_tolerance", lambda _: tight)
+    refused(run(*options, tmp_path / "out", *asked), r"tight states: logits after \d+ steps differs by", code=3)
     assert not (tmp_path / "out").exists()
+
+
+def test_drift_is_that_of_states_where_signals_have_4_bits(options: tuple[object, ...], tmp_path: Path) -> None:
+    """Signals of float8 turn a difference of one state's last bit into one of theirs, which is no drift."""
+    done(*options, tmp_path / "out", *HALF_STATES_OF_EIGHT_BITS)
+    assert [stage["name"] for stage in report_of(tmp_path / "out")["stages"]][-3:] == ["onnx", "fp8", "float16 states"]
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert {state["dtype"] for state in manifest["states"]} == {"float16"}
 
 
 @pytest.mark.parametrize(
