@@ -153,25 +153,34 @@ void product_int4(const LinearArgs& a, const float* x, int64_t row, int64_t out,
     const int64_t count = std::min(kPiece, a.width - k) / kBlock;
     Words codes[N];
     Floats scale[N], parts[R][N] = {};
+#pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
       codes[n] = load_codes(bytes + (n * a.width + k) / 2, count);
       scale[n] = load_scales(scales + n * blocks + k / kBlock, count);
     }
+#pragma GCC unroll 8
     for (int each = 0; each < 8; each++) {
       Floats w[N];
+#pragma GCC unroll 8
       for (int n = 0; n < N; n++) {
         w[n] = kExact ? lowest_code(codes[n]) : nearest<T>(lowest_code(codes[n]) * scale[n]);
         codes[n] >>= 4;
       }
+#pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const Floats heard = load(x + r * wide + k + each * kWidth);
+#pragma GCC unroll 8
         for (int n = 0; n < N; n++) parts[r][n] += heard * w[n];
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
       for (int n = 0; n < N; n++) sums[r][n] += kExact ? parts[r][n] * scale[n] : parts[r][n];
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
     for (int n = 0; n < N; n++) totals[r][out % kChunk + n] = sum(sums[r][n]);
 }
 

@@ -191,15 +191,20 @@ inline Floats lowest_code(Words codes) {
 
 // Four words of codes in each block, of which there may be fewer than a vector holds: zeros stand for the others.
 inline Words load_codes(const uint8_t* from, int64_t blocks) {
+  if (blocks * 4 >= kWidth) return *reinterpret_cast<const Words*>(from);
   Words codes = {};
-  std::memcpy(&codes, from, blocks * 4 < kWidth ? static_cast<size_t>(blocks) * 16 : sizeof(codes));
+  std::memcpy(&codes, from, static_cast<size_t>(blocks) * 16);
   return codes;
 }
 // The scale of each word's block.
 inline Floats load_scales(const Half* from, int64_t blocks) {
 #if defined(__AVX512F__)
   uint64_t four = 0;
-  std::memcpy(&four, from, blocks < 4 ? static_cast<size_t>(blocks) * 2 : sizeof(four));
+  if (blocks >= 4) {
+    std::memcpy(&four, from, sizeof(four));
+  } else {
+    std::memcpy(&four, from, static_cast<size_t>(blocks) * 2);
+  }
   const __m512 scales = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi64_si128(static_cast<int64_t>(four))));
   const __m512i block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   return reinterpret_cast<Floats>(_mm512_permutexvar_ps(block, scales));
