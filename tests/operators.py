@@ -249,6 +249,7 @@ class Linear:
     signal: Type = Type.FLOAT
     bias_type: Type | None = None
     name: Projection = "Linear"
+    blocks: bool = False  # whether the product of LinearInt4 is onnxruntime's
     seed: int = 0
 
     def call(self) -> Call:
@@ -284,6 +285,7 @@ class Linear:
             one_token=self.one_token,
             signal=self.signal,
             bias_type=self.bias_type,
+            block_product=(self.out, self.width) if self.blocks else None,
         )
         return Call(function, inputs, fed=(0, 3))
 

@@ -1,7 +1,7 @@
 """The lowering for onnxruntime on a CPU: fused operators in the step, fused projections in prefill.
 
 The library of runtimes/ops has kernels for them; where it is not registered onnxruntime takes the functions they carry,
-which are as fast as the portable lowering (docs/decisions/021). A prompt's mixers stay portable: their chunks are
+which are as fast as the portable lowering (docs/decisions/022). A prompt's mixers stay portable: their chunks are
 products of matrices, which onnxruntime makes faster than any function scans.
 """
 

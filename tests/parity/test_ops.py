@@ -172,6 +172,8 @@ def test_rows_do_not_depend_on_their_neighbours(library: Path) -> None:
         (Mixer(batch=5, time=3, order=6, channels=72, block=72).call(), (0, 1, 2)),
         (Linear(batch=5, width=96, norm="layer", activation="gelu", residual=True).call(), (0, 3)),
         (Linear(batch=5, width=96, norm="layer", residual=True, name="LinearInt4").call(), (0, 3)),
+        (Linear(batch=25, width=96, time=1, out=67, activation="gelu_tanh").call(), (0, 3)),
+        (Linear(batch=25, width=160, time=1, out=67, name="LinearInt4").call(), (0, 3)),
         (Sample(batch=5, step=0.5).call(), (0, 1, 2, 3, 4)),
     ]
     for call, rowwise in cases:

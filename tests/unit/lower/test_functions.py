@@ -64,6 +64,15 @@ def test_linear_of_four_bits(name: str, signal: ir.DataType) -> None:
     assert error(given, wanted) < ROUNDED[signal]
 
 
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("one_token", [True, False])
+def test_the_fallback_of_four_bits_on_a_processor(name: str, one_token: bool) -> None:
+    """Its product is onnxruntime's, which rounds signals to 8 bits: near the specification, and not the same."""
+    linear = replace(FORMS[name], width=64, one_token=one_token, time=1 if one_token else 3, name="LinearInt4")
+    (given,), (wanted,) = run(replace(linear, blocks=True).call()), linear.expected()
+    assert ROUNDED[FLOAT] < error(given, wanted) < 1e-2
+
+
 @pytest.mark.parametrize("step", [0.0, 0.5])
 @pytest.mark.parametrize("signal", [FLOAT, HALF])
 def test_sample(step: float, signal: ir.DataType) -> None:
