@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime
 import pytest
 from commands import done
@@ -48,13 +49,23 @@ class Build:
 @pytest.fixture(scope="session")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """A default build on a few sequences, by relative paths, in a process of its own."""
-    place = tmp_path_factory.mktemp("example")
+    return build_of(tmp_path_factory.mktemp("example"))
+
+
+@pytest.fixture(scope="session")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """The same of standard operators alone."""
+    return build_of(tmp_path_factory.mktemp("portable"), "--target", "portable")
+
+
+def build_of(place: Path, *more: str) -> Build:
     shutil.copytree(ROOT / "examples" / "pysource", place / "pysource")
     command = "build pysource/model.pt --config pysource/config.yaml --calibration pysource/heldout.txt -o out"
     script = str(Path(sys.executable).parent / "lhcompile")
     built = subprocess.run(
-        [script, *command.split(), "--sequences", "8"], cwd=place, capture_output=True, check=False, encoding="utf-8"
-    )
+        [script, *command.split(), "--sequences", "8", *more],
+        cwd=place, capture_output=True, check=False, encoding="utf-8",
+    )  # fmt: skip
     assert built.returncode == 0, built.stderr
     path = place / "out"
     return Build(path, Report.model_validate_json((path / "report.json").read_bytes()), verify_files(path))
@@ -128,8 +139,8 @@ def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["step.onnx", "prefill.onnx"])
-def test_graphs_are_standard_onnx(example: Build, name: str) -> None:
-    model = onnx.load(example.path / name)
+def test_portable_graphs_are_standard_onnx(portable: Build, name: str) -> None:
+    model = onnx.load(portable.path / name)
     onnx.checker.check_model(model, full_check=True)
     assert {opset.domain for opset in model.opset_import} == {""}
     assert 17 <= model.opset_import[0].version <= 21
@@ -139,7 +150,22 @@ def test_graphs_are_standard_onnx(example: Build, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_step_graph_does_only_what_it_must(example: Build) -> None:
+@pytest.mark.parametrize("name", ["step.onnx", "prefill.onnx"])
+def test_every_other_operator_has_a_function_of_standard_ones(example: Build, name: str) -> None:
+    model = onnx.load(example.path / name)
+    onnx.checker.check_model(model, full_check=True)
+    assert {opset.domain for opset in model.opset_import} == {"", "lhcompile"}
+    functions = {(function.domain, function.name, function.overload) for function in model.functions}
+    assert {(node.domain, node.op_type, node.overload) for node in all_nodes(model.graph) if node.domain} == functions
+    inlined = onnx.inliner.inline_local_functions(model)
+    onnx.checker.check_model(inlined, full_check=True)
+    assert {node.domain for node in all_nodes(inlined.graph)} == {""}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["example", "portable"])
+def test_the_step_graph_does_only_what_it_must(target: str, request: pytest.FixtureRequest) -> None:
+    example: Build = request.getfixturevalue(target)
     graph = example.step.graph
     counts = Counter(node.op_type for node in all_nodes(graph))
     assert not {"Scan", "Loop", "If", "Shape", "Range", "Sin", "Cos", "Transpose", "Cast"} & set(counts)
@@ -252,14 +278,14 @@ def mean_loss(logits: np.ndarray, tokens: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-def test_the_recurrence_in_single_precision_stays_with_double(example: Build) -> None:
+def test_the_recurrence_in_single_precision_stays_with_double(portable: Build) -> None:
     """The step graph's own nodes from (state, input) to the next state, all layers, in float32 and in float64.
 
     Driven by the same normal inputs they stay within 5·10⁻⁴ of each other, as l2 distance of a layer's states: the
     rounding of one step is 6·10⁻⁸ of the state, and a state that forgets over N steps adds up N of them at random.
     """
-    single, names, shapes = recurrences(example.step, np.float32)
-    double, _, _ = recurrences(example.step, np.float64)
+    single, names, shapes = recurrences(portable.step, np.float32)
+    double, _, _ = recurrences(portable.step, np.float64)
     narrow = [np.zeros(shape, np.float32) for shape in shapes]
     wide = [np.zeros(shape) for shape in shapes]
     draw = np.random.default_rng(0)

@@ -12,6 +12,7 @@ constexpr int64_t kRows = kWidth == 16 ? 6 : 3;  // of one product, whose sums s
 constexpr int64_t kBand = 4 * kRows;             // rows that a few outputs' weights are held for
 constexpr int64_t kChunk = 64;                   // outputs of one item
 constexpr int64_t kPiece = 8 * kWidth;           // 4-bit codes of one vector
+constexpr int64_t kAhead = 2048;                 // bytes of codes that are fetched ahead
 using Totals = float[kChunk];
 struct Four {};
 
@@ -155,6 +156,7 @@ void product_int4(const LinearArgs& a, const float* x, int64_t row, int64_t out,
     Floats scale[N], parts[R][N] = {};
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
+      __builtin_prefetch(bytes + (n * a.width + k) / 2 + kAhead);
       codes[n] = load_codes(bytes + (n * a.width + k) / 2, count);
       scale[n] = load_scales(scales + n * blocks + k / kBlock, count);
     }
@@ -206,7 +208,7 @@ int64_t products(const LinearArgs& a, const float* x, int64_t row, int64_t end, 
   return out;
 }
 
-// A row alone is bound by memory, which is fastest where it is read as one stream; codes leave it time.
+// A row alone is bound by memory, which is fastest where it is read as one stream; codes, as they are widened, by time.
 template <typename W, typename T>
 void linear_item(const LinearArgs& a, const float* x, int64_t item) {
   constexpr bool kCodes = std::is_same_v<W, Four>;
@@ -215,7 +217,7 @@ void linear_item(const LinearArgs& a, const float* x, int64_t item) {
   for (int64_t row = 0; row < a.rows; row += kBand) {
     const int64_t end = std::min(row + kBand, a.rows);
     int64_t out = first;
-    if ((end - row == 1) == kCodes) out = products<W, T, 4>(a, x, row, end, out, last, totals);
+    if (!kCodes && end - row > 1) out = products<W, T, 4>(a, x, row, end, out, last, totals);
     if (kCodes) out = products<W, T, 2>(a, x, row, end, out, last, totals);
     products<W, T, 1>(a, x, row, end, out, last, totals);
     for (int64_t r = row; r < end; r++) finish<T>(a, r, first, last - first, totals[r - row]);

@@ -60,6 +60,7 @@ void keep_parts(const MixerArgs& a, const Tile& t, const float (*from)[kTile], T
 // One token: state [order][kTile] is replaced by the next one, u is what the system hears → y
 inline void advance(const MixerArgs& a, const Tile& t, float (*state)[kTile], const float* u, float* y) {
   const int64_t half = pairs_of(a.order), n = t.count;
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; i++) y[i] = a.direct[t.first + i] * u[i];
   for (int64_t k = 0; k < a.order; k += 1) {
     if (k >= half && k < 2 * half) continue;
@@ -68,6 +69,7 @@ inline void advance(const MixerArgs& a, const Tile& t, float (*state)[kTile], co
     float* s = state[k];
     if (alone) {
       const float* other = a.other ? a.other + k * a.channels + t.first : nullptr;
+#pragma GCC ivdep
       for (int64_t i = 0; i < n; i++) {
         s[i] = own[i] * s[i] + (other ? other[i] * s[i] : 0.0f) + u[i];
         y[i] += out[i] * s[i];
@@ -77,6 +79,7 @@ inline void advance(const MixerArgs& a, const Tile& t, float (*state)[kTile], co
     const int64_t next = half * a.channels;
     float* p = state[k + half];
     if (!a.other) {
+#pragma GCC ivdep
       for (int64_t i = 0; i < n; i++) {
         s[i] = own[i] * s[i] + u[i];
         p[i] = own[next + i] * p[i] + u[i];
@@ -85,6 +88,7 @@ inline void advance(const MixerArgs& a, const Tile& t, float (*state)[kTile], co
       continue;
     }
     const float* other = a.other + k * a.channels + t.first;
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; i++) {
       const float upper = own[i] * s[i] + other[i] * p[i] + u[i];
       const float lower = own[next + i] * p[i] + other[next + i] * s[i] + u[i];
@@ -126,8 +130,10 @@ using Parts = float[3][kTile];
 inline void convolve(const MixerArgs& a, const Tile& t, const Parts* weight, const Parts& bias, Parts* const* window,
                      Parts& to) {
   for (int part = 0; part < 3; part++) {
+#pragma GCC ivdep
     for (int64_t i = 0; i < t.count; i++) to[part][i] = bias[part][i];
     for (int64_t k = 0; k < a.taps; k++)
+#pragma GCC ivdep
       for (int64_t i = 0; i < t.count; i++) to[part][i] += weight[k][part][i] * (*window[k])[part][i];
   }
 }
@@ -151,8 +157,10 @@ void mix_tile(const MixerArgs& a, const Tile& t, float (*state)[kTile], Parts* t
     const int64_t token = t.row * a.time + time;
     gather_parts(a, t, static_cast<const T*>(a.projected) + token * wide, *window[past]);
     convolve(a, t, weight, bias, window.data(), mixed);
+#pragma GCC ivdep
     for (int64_t i = 0; i < t.count; i++) u[i] = mixed[first][i] * mixed[second][i];
     advance(a, t, state, u, y);
+#pragma GCC ivdep
     for (int64_t i = 0; i < t.count; i++) y[i] *= mixed[a.outer][i];
     narrow_all(y, static_cast<T*>(a.mixed) + token * a.channels + t.first, t.count);
     std::rotate(window.begin(), window.begin() + 1, window.end());

@@ -224,7 +224,10 @@ def test_a_hyena_layer_is_three_nodes() -> None:
     assert [node.op_type for node in lowered.step.graph] == ["Gather", "Linear", "HyenaMixer", "Linear", "Linear"]
     assert [node.op_type for node in lowered.prefill.graph] == [node.op_type for node in lowered.step.graph]
     assert all(node.op_identifier() in lowered.step.functions for node in lowered.step.graph if node.domain)
-    assert lower(program, "cpu").step.functions == {}
+    on_cpu = lower(program, "cpu")
+    assert [node.op_type for node in on_cpu.step.graph] == [node.op_type for node in lowered.step.graph]
+    assert {node.op_type for node in on_cpu.prefill.graph if node.domain} == {"Linear"}
+    assert lower(program, "portable").step.functions == {}
 
 
 def with_attribute(model: ir.Model) -> None:
