@@ -1,14 +1,17 @@
 """Tokens a second of a compiled model on two cores, against Transformers of its size.
 
-    python -m bench.decode_cpu --out docs/bench      writes decode_cpu.json, .md and .svg
+    make ops
+    python -m bench.decode_cpu --operators build/ops/liblhcompile_ops.so --out docs/bench
+                                                     writes decode_cpu.json, .md and .svg
     python -m bench.decode_cpu --tiny --rounds 2     small, to see that it works
 
 Needs the extra `bench`; llama.cpp is compiled for the processor as it is installed, by a C++ compiler and CMake.
 
-Ours is a directory that `lhcompile build --target cpu` made of a checkpoint with random weights, run by lhruntime. The
-Transformers have as many layers and channels and random weights too: in llama.cpp (architecture gpt2, weights in F32,
-F16 or Q4_0, cache in float16), in onnxruntime (fused operators, cache in place, float32 or blocks of 32 weights of 4
-bits) and in torch (float32, static cache); `torch hyena` is the model undistilled, all inputs of its convolutions kept.
+Ours is a directory that `lhcompile build --target cpu` made of a checkpoint with random weights, run by lhruntime: as
+it is, and with the library that `make ops` builds (`+ library`). The Transformers have as many layers
+and channels and random weights too: in llama.cpp (architecture gpt2, weights in F32, F16 or Q4_0, cache in float16), in
+onnxruntime (fused operators, cache in place, float32 or blocks of 32 weights of 4 bits) and in torch (float32, static
+cache); `torch hyena` is the model undistilled, all inputs of its convolutions kept.
 
 One sequence, greedy. A step is timed with the cache full to the context: prompt and tokens before it count. Every
 system is a process of its own with two threads; they take turns within one run, some steps each, of which the first
@@ -20,6 +23,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +34,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from bench.decode_cpu_report import LIBRARY
 from bench.decode_cpu_report import write as report
 from bench.decode_model import SHAPES, TINY, Shape, build
 from bench.machine import copy_bandwidth, describe
@@ -112,7 +117,9 @@ def makers(shape: Shape, context: int, files: dict[str, Path], operators: Path |
     found: dict[str, Make] = {}
     for name, path in files.items():
         if name.startswith("ours"):
-            found[name] = partial(Ours, path, operators)
+            found[name] = partial(Ours, path, None)
+            if operators is not None:
+                found[name + LIBRARY] = partial(Ours, path, operators)
         else:
             found[name] = partial(_llama if name.startswith("llama") else _onnx, path, context)
     return found | {
@@ -223,7 +230,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument("--rounds", type=int, default=12, help="turns of every system")
     parser.add_argument("--order", type=int, default=4, help="real states of a filter")
-    parser.add_argument("--operators", type=Path, help="library of fused operators for ours")
+    parser.add_argument("--operators", type=Path, help="library of fused operators, for a second row of ours")
     parser.add_argument("--only", nargs="+", help="systems whose names begin so")
     parser.add_argument("--work", type=Path, default=Path("build/decode"), help="folder of all models, which are kept")
     parser.add_argument("--tiny", action="store_true", help="a very small model")
@@ -234,10 +241,9 @@ def main() -> None:
     only = tuple(options.only or [""])
     files, builds = prepare(shape, options.work, options.order, only)
     result: Row = {
-        "command": "python -m bench.decode_cpu" + " --tiny" * options.tiny,
+        "command": " ".join(["python -m bench.decode_cpu", *sys.argv[1:]]),
         "machine": describe(("llama_cpp_python",)),
         "shape": vars(shape) | {"parameters": shape.parameters},
-        "operators": options.operators is not None,
         "rounds": options.rounds,
         "bandwidth": copy_bandwidth(),
         "builds": builds,

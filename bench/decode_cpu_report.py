@@ -19,6 +19,8 @@ EQUAL = {
     "int4": ["llama.cpp Q4_0", "onnxruntime int4"],
 }
 """Peers whose weights are as precise as those of ours."""
+LIBRARY = " + library"
+"""What the name of ours ends with where it runs on fused operators."""
 Row = dict[str, Any]
 
 
@@ -40,7 +42,8 @@ def tables(result: Row) -> Iterator[str]:
     for context, systems in result["contexts"].items():
         for name, row in systems.items():
             low, high = (1e3 * part for part in row["quartiles"])
-            size = f"{result['files'][name] / 1e6:.0f}" if name in result["files"] else "–"
+            file = result["files"].get(name.removesuffix(LIBRARY))
+            size = f"{file / 1e6:.0f}" if file else "–"
             rows.append(
                 f"| {context} | {name} | {1e3 * row['seconds']:.2f} | {1 / row['seconds']:.1f} "
                 f"| {low:.2f} to {high:.2f} | {size} | {row['cache_bytes'] / 1e6:.2f} "
@@ -59,15 +62,15 @@ def tables(result: Row) -> Iterator[str]:
 
 
 def _against(result: Row) -> Iterator[str]:
-    yield "| context | weights | best peer | times its rate |"
+    yield "| context | ours | best peer | times its rate |"
     yield "|---" * 4 + "|"
     for context, systems in result["contexts"].items():
         for precision, peers in EQUAL.items():
-            ours = systems.get(f"ours {precision}")
             found = {name: systems[name]["seconds"] for name in peers if name in systems and "hyena" not in name}
-            if ours and found:
-                best = min(found, key=found.__getitem__)
-                yield f"| {context} | {precision} | {best} | {found[best] / ours['seconds']:.2f} |"
+            for name in (f"ours {precision}", f"ours {precision}{LIBRARY}"):
+                if name in systems and found:
+                    best = min(found, key=found.__getitem__)
+                    yield f"| {context} | {name} | {best} | {found[best] / systems[name]['seconds']:.2f} |"
 
 
 def picture(result: Row, path: Path) -> None:
@@ -78,10 +81,11 @@ def picture(result: Row, path: Path) -> None:
     for name in dict.fromkeys(name for systems in result["contexts"].values() for name in systems):
         here = [context for context in contexts if name in result["contexts"][context]]
         rates = [1 / result["contexts"][context][name]["seconds"] for context in here]
-        small = name.endswith(("int4", "Q4_0"))
+        small = name.removesuffix(LIBRARY).endswith(("int4", "Q4_0"))
         style = "--" if small else ":" if "hyena" in name or name.endswith("F16") else "-"
         color = COLORS[name.split()[0]]
-        axes.plot([int(context) for context in here], rates, f"o{style}", color=color, label=name, ms=3)
+        mark = "s" if name.endswith(LIBRARY) else "o"
+        axes.plot([int(context) for context in here], rates, mark + style, color=color, label=name, ms=3)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("context")
