@@ -3,16 +3,16 @@
     python -m bench.decode_cuda --shapes 1.3B --out docs/bench     writes decode_cuda.json, .md and .svg
     python -m bench.decode_cuda --device cpu --tiny                small, to see that it works
 
-Ours is a directory that `lhcompile build --target cuda` made of a checkpoint with random weights, driven through
-onnxruntime with the library of fused operators (`make ops`), states and tokens on the device. The others are written in
-torch, of the same size, with random weights in half precision, and share all but the mixer:
+Ours is a directory that `lhcompile build --target cuda` made of a checkpoint with random weights, run by lhruntime with
+the library of fused operators (`make ops`): the loop that users have, in which the host sees the tokens of sixteen
+steps at a time. The others are written in torch, of the same size, with random weights in half precision, and share all
+but the mixer:
 
 transformer   attention over a static cache that is full to the context, the fastest of SDPA's backends
 hyena         long convolutions that were not distilled: all inputs of the past are kept and read at every step
 loop          the distilled model's recurrence in torch; `loop, eager` is the same without a CUDA graph
 
-A step of all but the last is one CUDA graph, greedy choice of the token included. `lhruntime` is ours through the loop
-that users have, in which the host sees the tokens of sixteen steps at a time. A prompt of 512 and 256 tokens after
+A step of all but the last is one CUDA graph, greedy choice of the token included. A prompt of 512 and 256 tokens after
 it mean a context of 640 on average; ours and the loop do not depend on it. For one sequence the peers' parts beside the
 mixer are compiled by torch.compile too, and the faster form counts. Batches double until memory is full, the last is
 the largest that fits, or until doubling a large one gains less than a hundredth; every system counts at its best.
@@ -42,7 +42,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from bench.decode_model import SHAPES, Shape, build, checkpoint, first_tokens, tiny
+from bench.decode_model import SHAPES, Shape, build, checkpoint, first_tokens, read_bytes, tiny
 from bench.decode_timing import Rates, captured, clear, is_full, measure_rates, seconds, used
 from bench.decode_torch import Attention, Convolution, Decoder, Mixer, Recurrence, Weights
 from bench.machine import describe
@@ -186,64 +186,37 @@ class Bench:
         return Recurrence(weights, batch, context, self.options.order)
 
     def ours(self, directory: Path, precision: str, save: Callable[[str, str, list[Row]], None]) -> None:
-        """A built directory, at all batches and then as users run it."""
-        from bench.decode_ours import prepare
-
-        prepare()
-        operators = None if self.options.no_operators else self.options.operators
-        name = f"ours {precision}"
-        rows = self._in_loop(directory, precision, operators, lambda rows: save(name, "any", rows))
-        clear()  # the session has ended and its memory is free
-        if rows and rows[0]["graph"] == "decode":
-            best = max(rows, key=lambda row: row["tokens_per_second"])
-            ends = {row["batch"]: row for row in (rows[0], best)}
-            self._in_runtime(directory, operators, ends, lambda rows: save(f"{name}, lhruntime", "any", rows))
-
-    def _in_loop(
-        self, directory: Path, precision: str, operators: Path | None, save: Callable[[list[Row]], None]
-    ) -> list[Row]:
-        from bench.decode_ours import Directory, Loop
-
-        opened = Directory(directory, self.device.type, operators, not self.options.no_graph)
-        print(f"  ours {precision}, graph {opened.kind}, CUDA graphs {opened.cuda_graph}", flush=True)
-
-        def measure(batch: int) -> Row:
-            loop = Loop(opened, batch)
-            row = {"state_bytes": loop.state_bytes, "graph": opened.kind, "cuda_graph": opened.cuda_graph}
-            row["operators"] = operators is not None
-            for _ in range(6):  # both sides run, are captured and replayed before they are timed
-                loop.step()
-            row["used_bytes"] = used()[0]
-            row["seconds"] = seconds(loop.step)
-            return row | self.floors(batch, opened.read, loop.traffic, 0, SPEED.get(precision.partition(':')[0], 1.0))
-
-        return sweep(measure, list(self.batches), save)
-
-    def _in_runtime(
-        self, directory: Path, operators: Path | None, known: dict[int, Row], save: Callable[[list[Row]], None]
-    ) -> None:
-        """The same through lhruntime's device loop, AHEAD steps at a time, after which the host sees the tokens."""
+        """A built directory in lhruntime's device loop, AHEAD steps at a time, after which the host sees the tokens."""
         from lhruntime.loops import DeviceLoop
+        from lhruntime.model import load_model
         from lhruntime.sampling import Sampler
 
-        print("  ours in lhruntime", flush=True)
+        if self.device.type == "cuda":
+            onnxruntime.preload_dlls()  # the CUDA libraries that torch came with
         providers = ["CUDAExecutionProvider"] * (self.device.type == "cuda") + ["CPUExecutionProvider"]
+        operators = None if self.options.no_operators else self.options.operators
+        model = load_model(
+            directory, target=None, batch=1, providers=providers, threads=None, verify=False, operators=operators,
+            choose=True, cuda_graph=not self.options.no_graph,
+        )  # fmt: skip
+        graph = model.manifest.graphs[model.manifest.target].decode
+        assert graph is not None
+        read, speed = read_bytes(directory / graph.file), SPEED.get(precision.partition(":")[0], 1.0)
+        print(f"  ours {precision}", flush=True)
 
         def measure(batch: int) -> Row:
-            loop = DeviceLoop.load(
-                directory, batch, providers=providers, operators=operators, cuda_graph=not self.options.no_graph,
-                ahead=AHEAD, verify=False,
-            )  # fmt: skip
+            loop = DeviceLoop(model, batch, AHEAD)
             for row, token in enumerate(first_tokens(batch, self.shape.vocabulary)):
                 loop.place(row, int(token), Sampler(0.0))
             uniform = np.zeros((AHEAD, batch), np.float32)
-            for _ in range(3):
+            for _ in range(4):  # every place runs, is captured and replayed before it is timed
                 loop.advance(uniform)
-            same = ("state_bytes", "floor_seconds", "floor_measured_seconds", "operators")
-            found = {key: known[batch][key] for key in same} | loop.describe() | {"used_bytes": used()[0]}
-            return found | {"seconds": seconds(partial(loop.advance, uniform)) / AHEAD}
+            found = loop.describe() | {"operators": operators is not None, "used_bytes": used()[0]}
+            found["state_bytes"] = loop.slots.bytes
+            found["seconds"] = seconds(partial(loop.advance, uniform), groups=5) / AHEAD
+            return found | self.floors(batch, read, loop.slots.traffic, 0, speed)
 
-        sweep(measure, list(known), save)
+        sweep(measure, list(self.batches), lambda rows: save(f"ours {precision}", "any", rows))
 
 
 def check_kernels(device: torch.device) -> None:
@@ -282,7 +255,7 @@ def shape_figures(shape: Shape, options: argparse.Namespace, save: Callable[[Row
         context = 64 if options.tiny else options.trained
         checkpoint(small, options.work / small.name, context)
         make = partial(
-            build, small, options.work, target=options.target, order=options.order, context=context,
+            build, small, options.work, target="cuda", order=options.order, context=context,
             more=tuple(options.build.split()),
         )  # fmt: skip
         with ThreadPoolExecutor(options.builds) as pool:
@@ -355,7 +328,6 @@ def main() -> None:
     parser.add_argument("--builds", type=int, default=1, help="builds at a time")
     parser.add_argument("--order", type=int, default=4, help="real states of a filter")
     parser.add_argument("--trained", type=int, default=2048, help="length of the checkpoint's filters")
-    parser.add_argument("--target", default="cuda")
     parser.add_argument("--build", default="", help="more options of lhcompile build, in quotes after an equals sign")
     parser.add_argument("--build-only", action="store_true", help="builds the directories and ends")
     parser.add_argument("--work", type=Path, default=Path("build/decode"), help="folder of the builds, which are kept")

@@ -130,8 +130,6 @@ def picture(result: dict[str, Row], path: Path) -> None:
 
 
 def _color(system: str) -> str:
-    if system.endswith("lhruntime"):
-        return "#7a1f2b"
     return COLORS.get(system.split()[0] if system.startswith("ours") else system, "#333333")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 __all__ = ["LIBRARY", "Kernels"]
 
+Call = Callable[[], None]
 LIBRARY = Path(os.environ.get("LHCOMPILE_OPS", Path(__file__).parents[1] / "build" / "ops" / "liblhcompile_ops.so"))
 
 _TYPES = {
@@ -39,6 +40,7 @@ _MixerArgs = _structure(
     (_int, "signal conv recurrent"),
     (_address, "projected conv_state state weight bias own other readout direct index"),
     (_address, "mixed new_conv_state new_state"),
+    (_address, " ".join(f"past_{n}" for n in range(7))),
 )
 _LinearArgs = _structure(
     "LinearArgs",
@@ -69,10 +71,24 @@ class Kernels:
         for name in ("mixer", "linear"):
             getattr(self._library, f"lhcompile_{name}_scratch").restype = ctypes.c_size_t
 
+    def step(self, inputs: tuple[Tensor | None, ...], block: int, outer: int) -> tuple[list[Tensor], Call]:
+        """inputs as those of HyenaStep"""
+        projected, state, weight, own = (_there(inputs[i]) for i in (0, 1, 2, 4))
+        index, past = inputs[8], [_there(token) for token in inputs[9:]]
+        batch, _, wide = projected.shape
+        mixed, after = (_poisoned(x) for x in (projected.new_empty(batch, 1, wide // 3), torch.empty_like(state)))
+        args = _MixerArgs(
+            *(batch, 1, wide // 3, len(weight), len(own)),
+            *(0 if index is None else state[0].numel(), block, outer),
+            *(_TYPES[x.dtype] for x in (projected, projected, state)),
+            *(_pointer(x) for x in (projected, None, *inputs[1:9], mixed, None, after, *past)),
+        )
+        return [mixed, after], self._call("mixer", args, (inputs, mixed, after))
+
     def mixer(
         self, inputs: tuple[Tensor | None, ...], block: int, outer: int, in_place: bool = False
-    ) -> tuple[list[Tensor], Callable[[], None]]:
-        """inputs as those of the operator; in_place: the new states take the place of the old ones"""
+    ) -> tuple[list[Tensor], Call]:
+        """inputs as those of HyenaMixer; in_place: the new states take the place of the old ones"""
         index = inputs[-1]
         projected, conv, state, weight, own = (_there(inputs[i]) for i in (0, 1, 2, 3, 5))
         batch, time, wide = projected.shape
@@ -93,7 +109,7 @@ class Kernels:
         norm: str = "none",
         activation: str = "none",
         epsilon: float = 1e-5,
-    ) -> tuple[list[Tensor], Callable[[], None]]:
+    ) -> tuple[list[Tensor], Call]:
         x, weight = (_there(inputs[i]) for i in (0, 1))
         bias, residual, scale, shift, *rest = inputs[2:]
         weight_scale = rest[0] if rest else None
@@ -106,7 +122,7 @@ class Kernels:
         )
         return [y], self._call("linear", args, (inputs, y))
 
-    def sample(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], Callable[[], None]]:
+    def sample(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], Call]:
         logits, uniform, temperature, top_k, top_p = inputs
         tokens = torch.full((len(logits), 1), -1, dtype=torch.int64, device=logits.device)
         args = _SampleArgs(
@@ -115,7 +131,7 @@ class Kernels:
         )
         return [tokens], self._call("sample", args, (inputs, tokens), scratch=False)
 
-    def _call(self, name: str, args: ctypes.Structure, held: object, scratch: bool = True) -> Callable[[], None]:
+    def _call(self, name: str, args: ctypes.Structure, held: object, scratch: bool = True) -> Call:
         """held: what must live as long as the call"""
         memory = []
         if scratch:

@@ -55,8 +55,10 @@ class _Bench:
         return row
 
     def steps(self) -> list[dict[str, Any]]:
-        """HyenaMixer, one token."""
+        """HyenaMixer, one token, and HyenaStep."""
         rows = []
+        for batch in (1, 64, 256, 1024, 4096, 8448):
+            rows.append(self._mixer("step, past apart", batch, 1, 4, torch.float16, apart=True))
         for order in (4, 16):
             for state in (torch.float16, torch.float32):
                 for batch in (1, 8, 64, 256, 1024, 4096):
@@ -77,8 +79,10 @@ class _Bench:
         state: torch.dtype,
         packed: bool = False,
         block: int = WIDTH,
+        apart: bool = False,
     ) -> dict[str, Any]:
-        moved = batch * WIDTH * (2 * 4 * time + 2 * 2 * 6 + 2 * order * state.itemsize) + WIDTH * 4 * (13 + 3 * order)
+        past = 2 * 6 * (1 if apart else 2)  # read, and written
+        moved = batch * WIDTH * (2 * 4 * time + past + 2 * order * state.itemsize) + WIDTH * 4 * (13 + 3 * order)
         index = None
         if packed:
             index = torch.arange(order * WIDTH, dtype=torch.int32, device="cuda").view(order, WIDTH)
@@ -88,6 +92,9 @@ class _Bench:
             states = (batch, 1, order * WIDTH) if packed else (batch, order, WIDTH)
             changing = _random(batch, time, 3 * WIDTH, dtype=HALF), _random(batch, 2, 3 * WIDTH, dtype=HALF)
             inputs = (*changing, _random(*states, dtype=state), *tables, _random(WIDTH), index)
+            if apart:
+                past = [token.contiguous() for token in changing[1].split(1, 1)]
+                return self.kernels.step((inputs[0], *inputs[2:], *past), block, 0)[1]
             return self.kernels.mixer(inputs, block, 0)[1]
 
         seconds = _timed(call, moved)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "LoadedModel",
     "Lowered",
     "Part",
+    "Past",
     "Program",
     "Quantized",
     "Sequences",
@@ -307,12 +308,21 @@ class Distilled:
 
 
 @dataclass(frozen=True)
+class Past:
+    """A state that a decode graph has as one tensor a token: its inputs, the oldest token first; output: the newest."""
+
+    inputs: list[str]
+    output: str
+
+
+@dataclass(frozen=True)
 class Lowered:
     """Both ONNX graphs of a model for one target; inputs and outputs as in the built directory's contract.
 
     prefill: the step graph itself where one token at a time is all there is; batch: rows, None for any number
     precision: of the weights; "none": float32, as they came
     decode: the step graph with the choice of the next token behind it, where the target has one
+    past: of its states, by their input in the step, those that it has as one tensor a token
     """
 
     step: ir.Model
@@ -322,6 +332,7 @@ class Lowered:
     batch: int | None = None
     precision: str = "none"
     decode: ir.Model | None = None
+    past: Mapping[str, Past] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

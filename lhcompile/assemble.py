@@ -28,6 +28,7 @@ from lhcompile.package.manifest import (
     Manifest,
     ModelInfo,
     Outputs,
+    Past,
     State,
     TokenFidelity,
     Tokenizer,
@@ -122,6 +123,7 @@ def manifest_of(
             step=_graph(step, lowered.step),
             prefill=_graph(prefill, lowered.prefill),
             decode=None if decode is None or lowered.decode is None else _graph(decode, lowered.decode),
+            past={name: Past(inputs=each.inputs, output=each.output) for name, each in lowered.past.items()} or None,
             batch=lowered.batch,
         )
         for lowered, (step, prefill), decode in zip(targets, graph_names(targets), decode_names(targets), strict=True)

@@ -207,7 +207,8 @@ class _Trial:
         graphs = contents.graphs(self.target)
         if graphs.decode is not None:
             step, decode = (self.place / contents.name / graph.file for graph in (graphs.step, graphs.decode))
-            check_decode(step, decode, plain, self.compiled.expected.tokens[:rows], self._tolerance)
+            tokens = self.compiled.expected.tokens[:rows]
+            check_decode(step, decode, graphs.past or {}, plain, tokens, self._tolerance)
 
     def _model(self, contents: Contents, shared: bool = True) -> verify.SessionModel:
         return verify.SessionModel(self._load(contents, shared), self.compiled.targets[self.target])

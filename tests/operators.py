@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,11 @@ class Call:
         for place, tensor in enumerate(self.inputs):
             given.append(None if tensor is None else self._value(place, tensor))
         node = call(self.function, given)
-        ranks = {"HyenaMixer": [3, 3, 0 if self.inputs[2] is None else self.inputs[2].ndim], "Sample": [2]}
+        ranks = {
+            "HyenaMixer": [3, 3, 0 if self.inputs[2] is None else self.inputs[2].ndim],
+            "HyenaStep": [3, 0 if self.inputs[1] is None else self.inputs[1].ndim],
+            "Sample": [2],
+        }
         for index, (value, rank) in enumerate(zip(node.outputs, ranks.get(node.op_type, [3]), strict=True)):
             value.name, value.shape = f"output{index}", ir.Shape([None] * rank)
         graph = ir.Graph(
@@ -126,8 +130,11 @@ EDGES = torch.tensor([1.0, 65504, 65519, 65520, 1e5, float("inf"), float("nan")]
 
 @dataclass(frozen=True)
 class Mixer:
-    """A random HyenaMixer. packed: every channel has an order of its own, none included; loud: states leave what
-    float16 holds, and some are NaN"""
+    """A random HyenaMixer; HyenaStep with `apart`
+
+    packed: every channel has an order of its own, none included; loud: states leave what float16 holds, and some are
+    NaN
+    """
 
     batch: int = 2
     time: int = 1
@@ -140,6 +147,7 @@ class Mixer:
     bias: bool = True
     packed: bool = False
     one_token: bool = False
+    apart: bool = False
     signal: Type = Type.FLOAT
     conv_state: Type = Type.FLOAT
     recurrent_state: Type = Type.FLOAT
@@ -197,16 +205,21 @@ class Mixer:
             bias=self.bias,
             packed=self.packed,
             one_token=self.one_token,
+            apart=self.apart,
             signal=self.signal,
             conv_state=self.conv_state,
             recurrent_state=self.recurrent_state,
         )
+        if self.apart:
+            past = [token.contiguous() for token in inputs[1].split(1, dim=1)]
+            return Call(function, (inputs[0], *inputs[2:], *past), fed=(0, 1, *range(9, 8 + self.taps)))
         return Call(function, inputs, fed=(0, 1, 2))
 
     def expected(self) -> list[Tensor]:
         """In double precision, one token after the other."""
         projected, before, state, weight, bias, own, other, readout, direct, index = (
-            x.double() if x is not None and x.is_floating_point() else x for x in self.call().inputs
+            x.double() if x is not None and x.is_floating_point() else x
+            for x in replace(self, apart=False).call().inputs
         )
         window = torch.cat([before, projected], 1)
         mixed = sum(window[:, lag : lag + self.time] * weight[lag] for lag in range(self.taps))
@@ -228,7 +241,8 @@ class Mixer:
             packed[:, index[index >= 0]] = full[:, index >= 0]
             full = packed.view_as(state)
         after = _stopped(window[:, self.time :], self.conv_state)
-        return [torch.stack(y, 1) * gate, after, _stopped(full, self.recurrent_state)]
+        kept = [] if self.apart else [after]
+        return [torch.stack(y, 1) * gate, *kept, _stopped(full, self.recurrent_state)]
 
 
 @dataclass(frozen=True)

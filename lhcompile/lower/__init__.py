@@ -59,4 +59,8 @@ def complete(lowered: Lowered, decode: bool = False) -> Lowered:
     step = with_forms(lowered.step)
     prefill = step if lowered.prefill is lowered.step else with_forms(lowered.prefill)
     chosen = decode and lowered.target in _ON_DEVICE and step.graph.inputs[0].dtype == ir.DataType.INT64
-    return replace(lowered, step=step, prefill=prefill, decode=with_forms(decoding(step)) if chosen else None)
+    lowered = replace(lowered, step=step, prefill=prefill, decode=None, past={})
+    if not chosen:
+        return lowered
+    graph, past = decoding(step)
+    return replace(lowered, decode=with_forms(graph), past=past)

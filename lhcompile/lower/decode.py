@@ -4,6 +4,15 @@
     decode   input_ids, states, uniform, temperature, top_k, top_p → tokens int64 [batch, 1], states'
 
 The last four are [batch], one setting a row; `lower.functions.sample_function` says what they mean.
+
+The past of a short convolution is a window over the last tokens of a projection. In the step it is one state, of which
+every call copies all but the oldest token. Here each token of it is a tensor of its own, and the newest is what the
+projection writes: a loop gives the tensors new names from call to call, and nothing is copied.
+
+    step     conv_state [batch, k − 1, C] → conv_state' [batch, k − 1, C]
+    decode   conv_state.past_{k − 1}, …, conv_state.past_1, each [batch, 1, C] → conv_state'.newest [batch, 1, C]
+
+The number is the age of a token, in calls.
 """
 
 from __future__ import annotations
@@ -11,9 +20,13 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from lhcompile.artifacts import Past
 from lhcompile.lower.body import DOMAIN
 
 __all__ = ["SETTINGS", "TOKENS", "decoding"]
+
+_MOST = 7
+"""Tokens of a past that the kernels of HyenaStep take (kMostPast in runtimes/ops/src/args.h)."""
 
 SETTINGS = {
     "uniform": ir.DataType.FLOAT,
@@ -26,8 +39,11 @@ TOKENS = "tokens"
 """Name of the first output."""
 
 
-def decoding(step: ir.Model) -> ir.Model:
-    """The decode graph of a step graph of tokens, which shares its weights and stays as it is."""
+def decoding(step: ir.Model) -> tuple[ir.Model, dict[str, Past]]:
+    """The decode graph of a step graph of tokens, which shares its weights and stays as it is.
+
+    And the states, by their input in the step, whose tokens are tensors of their own in it.
+    """
     model = step.clone()
     graph = model.graph
     ids, logits = graph.inputs[0], graph.outputs[0]
@@ -42,8 +58,45 @@ def decoding(step: ir.Model) -> ir.Model:
     graph.outputs[0] = tokens
     graph.name = "decode"
     model.opset_imports[DOMAIN] = 1
+    past = {}
+    for node in list(graph):
+        before = node.inputs[1] if (node.domain, node.op_type) == (DOMAIN, "HyenaMixer") else None
+        if before is not None and _is_window(graph, node, before):
+            past[str(before.name)] = _take_apart(graph, node, before)
     common.RemoveUnusedNodesPass()(model)
-    return model
+    return model, past
+
+
+def _is_window(graph: ir.Graph, mixer: ir.Node, before: ir.Value) -> bool:
+    """Whether a mixer's past is a state of the graph that holds the tokens of its projection as they are."""
+    projected, after = mixer.inputs[0], mixer.outputs[1]
+    if not before.is_graph_input() or len(before.uses()) != 1 or not after.is_graph_output() or after.uses():
+        return False
+    if projected is None or projected.producer() is None or projected.is_graph_output() or before.shape is None:
+        return False
+    return projected.dtype == before.dtype and before.shape[1] in range(1, _MOST + 1)
+
+
+def _take_apart(graph: ir.Graph, mixer: ir.Node, before: ir.Value) -> Past:
+    """The mixer becomes a HyenaStep, its state one tensor a token."""
+    projected, _, *rest = mixer.inputs
+    mixed, after, state = mixer.outputs
+    assert projected is not None
+    assert before.shape is not None
+    batch, past, channels = before.shape
+    assert isinstance(past, int)
+    shape = ir.Shape([batch, 1, channels])
+    tokens = [ir.Value(name=f"{before.name}.past_{age}", shape=shape, type=before.type) for age in range(past, 0, -1)]
+    rest += [None] * (8 - len(rest))
+    step = ir.node("HyenaStep", [projected, *rest, *tokens], mixer.attributes, domain=DOMAIN, num_outputs=2)
+    graph.outputs[graph.outputs.index(after)] = projected
+    ir.convenience.replace_nodes_and_values(graph, mixer, [mixer], [step], [mixed, state], list(step.outputs))
+    place = graph.inputs.index(before)
+    graph.inputs.pop(place)
+    for token in reversed(tokens):
+        graph.inputs.insert(place, token)
+    projected.name, projected.shape = f"{after.name}.newest", shape
+    return Past([str(token.name) for token in tokens], str(projected.name))
 
 
 def _narrow(logits: ir.Value) -> ir.Value:

@@ -39,8 +39,8 @@ def with_functions(model: ir.Model, target: str) -> ir.Model:
 
 
 def _mixer(node: ir.Node, target: str) -> ir.Function:
-    _, _, _, weight, bias, own, other, *_ = node.inputs
-    signal, conv, recurrent = (_type(node.inputs[index]) for index in range(3))
+    apart = node.op_type == "HyenaStep"
+    state, weight, bias, own, other = node.inputs[1:6] if apart else node.inputs[2:7]
     return mixer_function(
         taps=_size(weight, 0),
         order=_size(own, 0),
@@ -48,11 +48,12 @@ def _mixer(node: ir.Node, target: str) -> ir.Function:
         outer=node.attributes["outer"].as_int(),
         complex_poles=other is not None,
         bias=bias is not None,
-        packed=_there(node, 9),
+        packed=_there(node, 8 if apart else 9),
         one_token=_one_token(node),
-        signal=signal,
-        conv_state=conv,
-        recurrent_state=recurrent,
+        apart=apart,
+        signal=_type(node.inputs[0]),
+        conv_state=_type(node.inputs[9 if apart else 1]),
+        recurrent_state=_type(state),
     )
 
 
@@ -85,6 +86,7 @@ def _sample(node: ir.Node, target: str) -> ir.Function:
 
 _FORMS: dict[str, Callable[[ir.Node, str], ir.Function]] = {
     "HyenaMixer": _mixer,
+    "HyenaStep": _mixer,
     "Linear": _linear,
     "LinearFp8": _linear,
     "LinearInt4": _linear,

@@ -1,6 +1,7 @@
 """The project's fused operators as ONNX functions: what each of them computes, in standard operators.
 
-A graph names the operators `HyenaMixer`, `Linear` and `Sample` of domain "lhcompile" and carries these functions.
+A graph names the operators `HyenaMixer`, `HyenaStep`, `Linear` and `Sample` of domain "lhcompile" and carries these
+functions.
 Where the library of runtimes/ops is registered, its kernels are taken; anywhere else the runtime inlines the function.
 So a function is the operator's specification, its fallback, and what the kernels are tested against.
 
@@ -61,6 +62,7 @@ def mixer_function(
     bias: bool = True,
     packed: bool = False,
     one_token: bool = False,
+    apart: bool = False,
     signal: Type = FLOAT,
     conv_state: Type = FLOAT,
     recurrent_state: Type = FLOAT,
@@ -83,6 +85,9 @@ def mixer_function(
     float16 stops at its largest number, ±65504, and never becomes infinite; NaN stays NaN.
 
     one_token: time is 1; otherwise it is any number.
+    apart: HyenaStep, which takes one token and has the past in tensors of its own: no conv_state, but behind the other
+    inputs the last taps − 1 tokens of `projected`, [batch, 1, 3D] each, the oldest first, and no state of theirs among
+    the outputs. Whoever calls it keeps `projected` for the next call, and nothing is copied.
     Raises ValueError where the parts are not three.
     """
     if outer not in (0, 1, 2):
@@ -90,10 +95,16 @@ def mixer_function(
     names = "projected conv_state recurrent_state conv_weight conv_bias own other readout direct index"
     inputs = [ir.Value(name=name) for name in names.split()]
     projected, before, state, weight, offset, own, other, readout, direct, index = inputs
+    past = [before]
+    if apart:
+        past = [ir.Value(name=f"past_{age}") for age in range(taps - 1, 0, -1)]
+        inputs = [each for each in inputs if each is not before] + past
     body = Body()
 
-    window = body.op("Concat", body.cast(before, conv_state), body.cast(projected, signal), axis=1)
-    after = body.op("Slice", window, body.ints(1 - taps), body.ints(_END), body.ints(1))
+    window = body.op(
+        "Concat", *(body.cast(each, conv_state) for each in past), body.cast(projected, signal), axis=1
+    )
+    after = body.op("Slice", window, body.ints(1 - taps), body.ints(_END), body.ints(1)) if not apart else None
     if taps == 1:
         after = body.op("Identity", before)
     mixed = _convolved(body, window, weight, taps, one_token)
@@ -117,11 +128,12 @@ def mixer_function(
     y = body.op("Mul", y, gate)
     if packed:
         s = body.op("Reshape", _packed(body, s, state, index), body.op("Shape", state))
-    outputs = [body.back(y, signal), body.kept(after, conv_state), body.kept(s, recurrent_state)]
+    kept = [] if after is None else [body.kept(after, conv_state)]
+    outputs = [body.back(y, signal), *kept, body.kept(s, recurrent_state)]
     form = f"k{taps}n{order}b{block}o{outer}" + _flags(bias=bias, complex=complex_poles, packed=packed)
     types = "_".join(_SHORT[t] for t in (signal, conv_state, recurrent_state))
     overload = f"{form}_{types}{_flags(step=one_token)}"
-    return body.function("HyenaMixer", overload, inputs, outputs, block=block, outer=outer)
+    return body.function("HyenaStep" if apart else "HyenaMixer", overload, inputs, outputs, block=block, outer=outer)
 
 
 class _System:

@@ -105,18 +105,31 @@ class Graph(_Part):
     weights: ExternalWeights | None = None
 
 
+class Past(_Part):
+    """A state [batch, positions, channels] in tensors of its own, [batch, 1, channels] for each of its positions.
+
+    inputs: in its place among the inputs, the oldest position first
+    output: in its place among the outputs, the position that is the newest in the next call; the others become older
+    """
+
+    inputs: list[Name]
+    output: Name
+
+
 class Graphs(_Part):
     """Two graphs with the same inputs and outputs in the same order; step takes one position a call.
 
     decode: the step graph with the choice of the next token behind it. Its inputs are those of the step graph, then
         uniform float32 in [0, 1), temperature float32, top_k int64 and top_p float32, all [batch]; its outputs are
         tokens int64 [batch, 1] in place of the logits, and the new states
+    past: of the states, by their input in the step, those that decode has in tensors of their own
     batch: rows that they are for, any number if it is not said
     """
 
     step: Graph
     prefill: Graph
     decode: Graph | None = None
+    past: dict[Name, Past] | None = None
     batch: Positive | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
@@ -21,19 +21,34 @@ Array = NDArray[Any]
 CALLS = 6
 
 
-def check_decode(step: Path, decode: Path, plain: SessionModel, tokens: torch.Tensor, tolerance: Tolerance) -> None:
+class Past(Protocol):
+    """A state in tensors of its own, one for each position: names of its inputs, the oldest first."""
+
+    @property
+    def inputs(self) -> list[str]: ...
+
+
+def check_decode(
+    step: Path,
+    decode: Path,
+    past: Mapping[str, Past],
+    plain: SessionModel,
+    tokens: torch.Tensor,
+    tolerance: Tolerance,
+) -> None:
     """Raise ParityError unless a decode graph is its step graph and the choice of a token behind it.
 
     Both are fed the same tokens [rows, time], the first few one by one, from zero states and on a CPU. Among equal
     logits the lowest id is chosen.
 
     step, decode: files of one target; plain: the model of that target, whose memory is given back
+    past: the states, by their input in the step, that decode has in tensors of their own
     """
     ids = tokens[:, :CALLS].numpy()
     zero = {name: np.array(value) for name, value in plain.session(len(ids)).states().items()}
     plain.close()  # one graph's weights at a time
     greedy = {name: np.zeros(len(ids), dtype) for name, dtype in SETTINGS.items()} | {"top_p": np.ones(len(ids), "f4")}
-    expected, found = _feed(step, ids, zero, {}), _feed(decode, ids, zero, greedy)
+    expected, found = _feed(step, ids, zero, {}, {}), _feed(decode, ids, zero, past, greedy)
     for call, ((logits, *states), (chosen, *kept)) in enumerate(zip(expected, found, strict=True), start=1):
         best = logits.argmax(-1)
         if not np.array_equal(chosen, best):
@@ -43,15 +58,28 @@ def check_decode(step: Path, decode: Path, plain: SessionModel, tokens: torch.Te
             assert_close(_numbers(mine), _numbers(truth), tolerance, what)
 
 
-def _feed(path: Path, ids: Array, states: Mapping[str, Array], settings: Mapping[str, Array]) -> list[list[Array]]:
+def _feed(
+    path: Path, ids: Array, states: Mapping[str, Array], past: Mapping[str, Past], settings: Mapping[str, Array]
+) -> list[list[Array]]:
     """Outputs of every call: logits or tokens, and the states."""
     graph = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     first, outputs = graph.get_inputs()[0].name, []
     for column in range(ids.shape[1]):
-        said, *after = graph.run(None, {first: ids[:, column : column + 1], **states, **settings})
-        outputs.append([said, *after])
-        states = dict(zip(states, after, strict=True))
+        carried: dict[str, Array] = {}
+        for name, state in states.items():
+            carried |= {name: state} if name not in past else _positions(past[name], state)
+        said, *after = graph.run(None, {first: ids[:, column : column + 1], **carried, **settings})
+        states = {
+            name: np.concatenate([state[:, 1:], new], axis=1) if name in past else new
+            for (name, state), new in zip(states.items(), after, strict=True)
+        }
+        outputs.append([said, *states.values()])
     return outputs
+
+
+def _positions(past: Past, state: Array) -> dict[str, Array]:
+    """Of a state [batch, positions, channels]."""
+    return dict(zip(past.inputs, np.split(state, state.shape[1], axis=1), strict=True))
 
 
 def _numbers(state: Array) -> torch.Tensor:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -65,6 +66,8 @@ def test_decoding_is_generating(built: Path) -> None:
     expected = [int(token[0]) for token in session.generate(prompt, 20, temperature=0)]
     truth = session.states()
     graph = onnxruntime.InferenceSession(built / "decode.onnx", providers=["CPUExecutionProvider"])
+    past = json.loads((built / "manifest.json").read_text())["graphs"]["past"]
+    assert set(past) == {name for name in truth if name.endswith("conv_state")}
     again = Session.load(built)
     token = again.prefill(prompt[None])[:, -1].argmax(-1)[:, None]
     states, found = list(again.states().values()), []
@@ -72,7 +75,15 @@ def test_decoding_is_generating(built: Path) -> None:
     chosen = {name: np.array([x], np.int64 if name == "top_k" else np.float32) for name, x in settings.items()}
     for _ in range(20):
         found.append(int(token[0, 0]))
-        token, *states = graph.run(None, {"input_ids": token} | dict(zip(truth, states, strict=True)) | chosen)
+        carried: dict[str, np.ndarray[Any, Any]] = {}
+        for name, state in zip(truth, states, strict=True):
+            tokens = past[name]["inputs"] if name in past else [name]
+            carried |= dict(zip(tokens, np.split(state, 2, axis=1) if name in past else [state], strict=True))
+        token, *after = graph.run(None, {"input_ids": token} | carried | chosen)
+        states = [
+            np.concatenate([state[:, 1:], new], axis=1) if name in past else new
+            for name, state, new in zip(truth, states, after, strict=True)
+        ]
     assert found == expected
     for mine, theirs in zip(states, truth.values(), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=2e-3 * max(1.0, np.abs(theirs).max()))

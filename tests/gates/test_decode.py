@@ -32,7 +32,7 @@ def gate(built: tuple[Program, Lowered, Path], decode: ir.Model, place: Path) ->
     file.write_bytes(serialized(decode))
     tokens = torch.randint(0, VOCAB, (3, 9), generator=torch.Generator().manual_seed(0))
     model = SessionModel(lambda batch: Session.load(directory, batch=batch, threads=1))
-    check_decode(directory / "step.onnx", file, model, tokens, ONNX)
+    check_decode(directory / "step.onnx", file, built[1].past, model, tokens, ONNX)
 
 
 def decode_of(built: tuple[Program, Lowered, Path]) -> ir.Model:
@@ -59,10 +59,28 @@ def no_logits(model: ir.Model) -> None:
 
 
 def kept_as_it_was(model: ir.Model) -> None:
-    before, after = model.graph.inputs[1], model.graph.outputs[1]
+    after = model.graph.outputs[2]
+    before = next(value for value in model.graph.inputs if value.name == "past_key_values.0.recurrent_state")
+    assert after.name == "present.0.recurrent_state"
     same = ir.node("Identity", [before])
     name, after.name = after.name, "unread"
     same.outputs[0].name, same.outputs[0].shape, same.outputs[0].type = name, after.shape, after.type
+    model.graph.append(same)
+    model.graph.outputs[2] = same.outputs[0]
+
+
+def older_tokens_in_another_order(model: ir.Model) -> None:
+    step = next(node for node in model.graph if node.op_type == "HyenaStep")
+    oldest, newest = step.inputs[9:]
+    step.replace_input_with(9, newest)
+    step.replace_input_with(10, oldest)
+
+
+def another_token_kept(model: ir.Model) -> None:
+    old, (newest,) = model.graph.outputs[1], [value for value in model.graph.inputs if value.name.endswith("past_1")]
+    same = ir.node("Identity", [newest])
+    name, old.name = old.name, "unread"
+    same.outputs[0].name, same.outputs[0].shape, same.outputs[0].type = name, old.shape, old.type
     model.graph.append(same)
     model.graph.outputs[1] = same.outputs[0]
 
@@ -88,6 +106,8 @@ def test_a_decode_graph_passes(built: tuple[Program, Lowered, Path], tmp_path: P
         (the_least_likely, "decode: call 1 chose"),
         (no_logits, "decode: call 1 chose"),
         (kept_as_it_was, "decode: state .* after call 1"),
+        (older_tokens_in_another_order, "decode"),
+        (another_token_kept, "decode: state past_key_values.0.conv_state after call 1"),
         (of_another_token, "decode"),
     ],
 )

@@ -92,6 +92,20 @@ def test_states_stop_at_the_largest_half(kernels: Kernels, name: str, signal: ir
         assert kept_error(ours, truth) <= BUDGET[HALF]
 
 
+@pytest.mark.parametrize("name", [name for name, mixer in SHAPES.items() if mixer.taps > 1])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0] == kind[1]])
+def test_a_step_is_a_mixer_whose_past_is_kept_by_others(
+    kernels: Kernels, name: str, kind: tuple[ir.DataType, ...]
+) -> None:
+    signal, conv, recurrent = kind
+    mixer = replace(SHAPES[name], signal=signal, conv_state=conv, recurrent_state=recurrent)
+    call = replace(mixer, one_token=True, apart=True).call()
+    y, _, state = mixed(kernels, mixer)
+    given = computed(*kernels.step(placed(call), mixer.block, mixer.outer))
+    assert torch.equal(given[0], y)
+    assert torch.equal(given[1], state)
+
+
 def test_a_step_may_write_where_it_reads(kernels: Kernels) -> None:
     for name in ("complex", "many rows", "packed, many rows", "seven taps"):
         for ours, theirs in zip(mixed(kernels, SHAPES[name], True), mixed(kernels, SHAPES[name]), strict=True):

@@ -30,6 +30,11 @@ constexpr int kBlock = 32;
 enum class Norm : int32_t { none, layer, rms };
 enum class Activation : int32_t { none, gelu, gelu_tanh };
 
+// Tokens of the past that HyenaStep takes (_MOST in lhcompile/lower/decode.py).
+constexpr int64_t kMostPast = 7;
+
+// Of HyenaMixer; of HyenaStep where `past` has tokens, [batch, 1, 3 · channels] each and the oldest first, in place of
+// conv_state and new_conv_state.
 struct MixerArgs {
   int64_t batch, time, channels, taps, order;
   int64_t states;  // of a row of the packed state; 0 where it is [batch, order, channels]
@@ -39,6 +44,7 @@ struct MixerArgs {
   const float *weight, *bias, *own, *other, *readout, *direct;  // bias and other may be null
   const int32_t* index;                                         // null unless packed
   void *mixed, *new_conv_state, *new_state;
+  const void* past[kMostPast];
 };
 
 // Projections of `rows` tokens: y [rows, out] = residual + activation(norm(x) Wᵀ + bias), x [rows, width].

@@ -1,4 +1,4 @@
-// HyenaMixer on a processor: a tile of channels of one row at a time, token after token, its states in the cache.
+// HyenaMixer and HyenaStep on a processor: a tile of channels of one row at a time, token after token, its states in the cache.
 #pragma once
 
 #include <algorithm>
@@ -149,7 +149,8 @@ void mix_tile(const MixerArgs& a, const Tile& t, float (*state)[kTile], Parts* t
   for (int64_t k = 0; k < past; k++)
     with_type(a.conv, [&](auto* kind) {
       using C = std::remove_pointer_t<decltype(kind)>;
-      gather_parts(a, t, static_cast<const C*>(a.conv_state) + (t.row * past + k) * wide, tokens[k]);
+      const auto* from = static_cast<const C*>(a.past[0] ? a.past[k] : a.conv_state);
+      gather_parts(a, t, from + (a.past[0] ? t.row : t.row * past + k) * wide, tokens[k]);
     });
   for (int64_t k = 0; k < a.taps; k++) window[k] = tokens + k;
   const int first = a.outer == 0 ? 1 : 0, second = a.outer == 2 ? 1 : 2;
@@ -165,7 +166,7 @@ void mix_tile(const MixerArgs& a, const Tile& t, float (*state)[kTile], Parts* t
     narrow_all(y, static_cast<T*>(a.mixed) + token * a.channels + t.first, t.count);
     std::rotate(window.begin(), window.begin() + 1, window.end());
   }
-  for (int64_t k = 0; k < past; k++)
+  for (int64_t k = 0; k < past && !a.past[0]; k++)
     with_type(a.conv, [&](auto* kind) {
       using C = std::remove_pointer_t<decltype(kind)>;
       keep_parts(a, t, *window[k], static_cast<C*>(a.new_conv_state) + (t.row * past + k) * wide);

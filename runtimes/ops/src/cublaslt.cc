@@ -31,6 +31,7 @@ constexpr int kTransA = 3, kEpilogue = 7, kBiasPointer = 8, kScaleA = 17, kScale
 constexpr int kScaleModeA = 31, kScaleModeB = 32, kOuterVector = 3;  // one scale for each row of a matrix
 constexpr int kNothing = 1, kBias = 4, kGelu = 32;                   // epilogues; they add up
 constexpr int kMaxWorkspace = 1;
+constexpr int kTile = 1, kTile256x128 = 24;
 constexpr size_t kWorkspace = 32u << 20;
 
 struct Library {
@@ -44,6 +45,7 @@ struct Library {
   int (*prefer_set)(Object, int attribute, const void*, size_t);
   int (*prefer_end)(Object);
   int (*choose)(Handle, Object, Object, Object, Object, Object, Object, int, Found*, int*);
+  int (*algorithm_get)(const Algorithm*, int attribute, void*, size_t, size_t*);
   int (*multiply)(Handle, Object, const void*, const void*, Object, const void*, Object, const void*, const void*,
                   Object, void*, Object, const Algorithm*, void*, size_t, cudaStream_t);
   const char* problem = nullptr;
@@ -67,6 +69,7 @@ struct Library {
     find(loaded, "cublasLtMatmulPreferenceSetAttribute", prefer_set);
     find(loaded, "cublasLtMatmulPreferenceDestroy", prefer_end);
     find(loaded, "cublasLtMatmulAlgoGetHeuristic", choose);
+    find(loaded, "cublasLtMatmulAlgoConfigGetAttribute", algorithm_get);
     find(loaded, "cublasLtMatmul", multiply);
   }
 
@@ -131,6 +134,20 @@ int epilogue_of(const Product& p) {
   return wanted ? wanted : kNothing;
 }
 
+// The place of the algorithm to take. Large products run at the limit of power, where large tiles, which read each
+// number the fewest times, are fastest: cuBLASLt has some of its own before them.
+int best_of(const Product& p, const Found* found, int count) {
+  constexpr int64_t kManyRows = 4096;
+  if (p.rows < kManyRows || size_of(p.inputs) != 2) return 0;
+  for (int place = 0; place < count; place++) {
+    uint32_t tile = 0;
+    size_t size = 0;
+    const int failed = library().algorithm_get(&found[place].algorithm, kTile, &tile, sizeof(tile), &size);
+    if (!failed && tile == kTile256x128) return place;
+  }
+  return 0;
+}
+
 const char* prepare(const Product& p, Handle handle, Plan& plan) {
   const Library& lt = library();
   int failed = lt.describe(&plan.product, kCompute32F, CUDA_R_32F);
@@ -161,20 +178,21 @@ const char* prepare(const Product& p, Handle handle, Plan& plan) {
   const size_t most = kWorkspace;
   if (!failed) failed = lt.prefer(&preference);
   if (!failed) failed = lt.prefer_set(preference, kMaxWorkspace, &most, sizeof(most));
-  Found found{};
+  constexpr int kCandidates = 8;
+  Found found[kCandidates] = {};
   int count = 0;
   const bool described = !failed;
   if (!failed)
-    failed = lt.choose(handle, plan.product, plan.weight, plan.x, plan.y, plan.y, preference, 1, &found, &count);
+    failed = lt.choose(handle, plan.product, plan.weight, plan.x, plan.y, plan.y, preference, kCandidates, found, &count);
   if (p.x_scale && described && (failed || count == 0)) {  // few shapes have no such algorithm
     const int8_t whole = 0;
     failed = lt.describe_set(plan.product, kFastSums, &whole, sizeof(whole));
     if (!failed)
-      failed = lt.choose(handle, plan.product, plan.weight, plan.x, plan.y, plan.y, preference, 1, &found, &count);
+      failed = lt.choose(handle, plan.product, plan.weight, plan.x, plan.y, plan.y, preference, kCandidates, found, &count);
   }
   if (preference) lt.prefer_end(preference);
   if (failed || count == 0) return "cuBLASLt has no algorithm for a product";
-  plan.algorithm = found.algorithm;
+  plan.algorithm = found[best_of(p, found, count)].algorithm;
   plan.ready = true;
   return nullptr;
 }

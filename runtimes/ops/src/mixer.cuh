@@ -1,4 +1,4 @@
-// HyenaMixer on a GPU, for one type of signal; mixer_f32.cu, mixer_f16.cu and mixer_bf16.cu have one each.
+// HyenaMixer and HyenaStep on a GPU, for one type of signal; mixer_f32.cu, mixer_f16.cu and mixer_bf16.cu have one each.
 #pragma once
 
 #include "cuda.h"
@@ -6,6 +6,12 @@
 #include "mixer_one.cuh"
 
 namespace lhcompile {
+
+template <typename T, typename C, typename S, int V, bool kApart>
+auto one_of(const MixerArgs& a) {
+  if (a.taps == 3) return a.index ? mix_one<T, C, S, V, 3, true, kApart> : mix_one<T, C, S, V, 3, false, kApart>;
+  return a.index ? mix_one<T, C, S, V, 0, true, kApart> : mix_one<T, C, S, V, 0, false, kApart>;
+}
 
 template <typename T, typename C, typename S, int V>
 const char* launch_one(const MixerArgs& a, void* stream) {
@@ -18,8 +24,9 @@ const char* launch_one(const MixerArgs& a, void* stream) {
   const int64_t most = gpu().processors * kResident<V> / tiles > 0 ? gpu().processors * kResident<V> / tiles : 1;
   const int64_t each = (groups + most - 1) / most * together;
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>((a.batch + each - 1) / each));
-  auto kernel = a.index ? mix_one<T, C, S, V, 0, true> : mix_one<T, C, S, V, 0, false>;
-  if (a.taps == 3) kernel = a.index ? mix_one<T, C, S, V, 3, true> : mix_one<T, C, S, V, 3, false>;
+  auto kernel = one_of<T, C, S, V, false>(a);
+  if constexpr (std::is_same_v<T, C>)
+    if (a.past[0]) kernel = one_of<T, C, S, V, true>(a);
   return launch(kernel, grid, dim3(lanes, static_cast<unsigned>(together)), shared(), stream, a,
                 static_cast<int>(each));
 }
@@ -29,8 +36,9 @@ template <typename T, typename C, typename S>
 const char* launch_vectors(const MixerArgs& a, void* stream) {
   constexpr int64_t kFew = 32;
   auto even = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
-  const bool aligned = even(a.projected) && even(a.conv_state) && even(a.state) && even(a.mixed) &&
-                       even(a.new_conv_state) && even(a.new_state);
+  bool aligned = even(a.projected) && even(a.conv_state) && even(a.state) && even(a.mixed) &&
+                 even(a.new_conv_state) && even(a.new_state);
+  for (const void* token : a.past) aligned = aligned && even(token);
   const bool fits =
       static_cast<size_t>(Rows(a).count) * kLanes * 16 <= static_cast<size_t>(gpu().shared) / kResident<4>;
   const bool four = a.block % 4 == 0 && aligned && fits && a.batch >= kFew;

@@ -1,4 +1,4 @@
-// HyenaMixer on a GPU, one token: a thread has V neighbouring channels and takes one row after the other, the tables of
+// HyenaMixer and HyenaStep on a GPU, one token: a thread has V neighbouring channels and takes one row after the other, the tables of
 // its block's channels in shared memory. A state is read once and written once, by the same thread, so outputs may lie
 // where inputs do.
 #pragma once
@@ -8,8 +8,8 @@
 namespace lhcompile {
 
 // What a thread works on: V channels from `channel` on, of one row at a time. kTaps: of the short convolution, 0 where
-// they are counted at run time only; kPacked: states lie where an index says.
-template <typename T, typename C, typename S, int V, int kTaps, bool kPacked>
+// they are counted at run time only; kPacked: states lie where an index says; kApart: the past is one tensor a token.
+template <typename T, typename C, typename S, int V, int kTaps, bool kPacked, bool kApart>
 struct Step {
   static constexpr int kPast = 2, kPairs = 2;  // tokens and pairs of states that are read at once
   const MixerArgs& a;
@@ -21,8 +21,7 @@ struct Step {
 
   // A row at this thread's channels, and what is read of it: the first of the past and of the states, others in turn.
   struct Row {
-    const C* old_at;
-    C* moved_at;
+    int64_t place;  // in the past, and where that is moved to
     const S* state_at;
     S* next_at;
     T* mixed_at;
@@ -79,7 +78,11 @@ struct Step {
     for (int j = 0; j < kPast; j++)
       if (base + j < past())
 #pragma unroll
-        for (int p = 0; p < 3; p++) row.old[j][p] = fetch_bits<C, V>(row.old_at + (base + j) * wide + p * part);
+        for (int p = 0; p < 3; p++) row.old[j][p] = fetch_bits<C, V>(old_of(row, base + j) + p * part);
+  }
+  __device__ const C* old_of(const Row& row, int n) const {
+    if constexpr (kApart) return static_cast<const C*>(a.past[n]) + row.place;
+    return static_cast<const C*>(a.conv_state) + row.place + n * wide;
   }
   __device__ void read_states(Row& row, int base) const {
 #pragma unroll
@@ -88,10 +91,8 @@ struct Step {
   }
   // Everything a common row needs is on its way before anything waits for it.
   __device__ void read(int64_t number, Row& row) const {
-    const int64_t past_at = number * past() * wide + first;
+    row.place = number * (kApart ? 1 : past()) * wide + first;
     const int64_t states_at = kPacked ? number * a.states : number * a.order * channels + channel;
-    row.old_at = static_cast<const C*>(a.conv_state) + past_at;
-    row.moved_at = static_cast<C*>(a.new_conv_state) + past_at;
     row.state_at = static_cast<const S*>(a.state) + states_at;
     row.next_at = static_cast<S*>(a.new_state) + states_at;
     row.mixed_at = static_cast<T*>(a.mixed) + number * channels + channel;
@@ -101,6 +102,10 @@ struct Step {
     read_past(row, 0);
     read_states(row, 0);
     if (a.order % 2) row.alone = state(row, 2 * half);
+  }
+
+  __device__ C* moved_at(const Row& row, int n) const {
+    return static_cast<C*>(a.new_conv_state) + row.place + n * wide;
   }
 
   // The short convolution, which also moves the past along: → the three parts
@@ -124,16 +129,16 @@ struct Step {
             const Vector<C, V> before = numbers<C, V>(row.old[j][p]);
 #pragma unroll
             for (int v = 0; v < V; v++) mixed[p][v] += weight.element[v] * widen(before.element[v]);
-            if (base + j > 0)
-              *reinterpret_cast<Bits<C, V>*>(row.moved_at + (base + j - 1) * wide + p * part) = row.old[j][p];
+            if (!kApart && base + j > 0)
+              *reinterpret_cast<Bits<C, V>*>(moved_at(row, base + j - 1) + p * part) = row.old[j][p];
           }
     }
-    if (past() == 0) return;
+    if (kApart || past() == 0) return;
 #pragma unroll
     for (int p = 0; p < 3; p++) {
       Vector<C, V> newest;
       narrow_state(last[p], &newest);
-      put(newest, row.moved_at + (past() - 1) * wide + p * part);
+      put(newest, moved_at(row, past() - 1) + p * part);
     }
   }
 
@@ -192,7 +197,7 @@ struct Step {
 template <int V>
 constexpr int kResident = V == 4 ? 2 : 4;
 
-template <typename T, typename C, typename S, int V, int kTaps, bool kPacked>
+template <typename T, typename C, typename S, int V, int kTaps, bool kPacked, bool kApart>
 __global__ void __launch_bounds__(kLanes* kRowsAtOnce, kResident<V>)
     mix_one(const __grid_constant__ MixerArgs a, int rows_each) {
   extern __shared__ float4 memory[];
@@ -205,10 +210,11 @@ __global__ void __launch_bounds__(kLanes* kRowsAtOnce, kResident<V>)
   __syncthreads();
   await_previous();
   if (c >= a.channels) return;
-  const Step<T, C, S, V, kTaps, kPacked> step(a, rows, all + threadIdx.x * V, width, static_cast<int>(c));
+  using Work = Step<T, C, S, V, kTaps, kPacked, kApart>;
+  const Work step(a, rows, all + threadIdx.x * V, width, static_cast<int>(c));
   const int64_t begin = static_cast<int64_t>(blockIdx.y) * rows_each + threadIdx.y;
   const int64_t end = min((blockIdx.y + int64_t{1}) * rows_each, a.batch);
-  typename Step<T, C, S, V, kTaps, kPacked>::Row now, next;
+  typename Work::Row now, next;
   if (begin < end) step.read(begin, next);
   for (int64_t row = begin; row < end; row += blockDim.y) {
     now = next;

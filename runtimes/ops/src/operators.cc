@@ -101,8 +101,9 @@ void parallel(const Ort::KernelContext& context, int64_t items, const F& work) {
   if (problem) throw Ort::Exception(std::string("lhcompile: ") + problem, ORT_FAIL);
 }
 
-// ---- HyenaMixer -----------------------------------------------------------------------------------------------------
+// ---- HyenaMixer, and HyenaStep, whose past is one tensor a token ------------------------------------------------------
 
+template <bool kApart>
 struct MixerKernel {
   MixerKernel(const OrtKernelInfo* given, Device on) : device(on) {
     Ort::ConstKernelInfo info(given);
@@ -114,8 +115,9 @@ struct MixerKernel {
 
   void Compute(OrtKernelContext* given) {
     Ort::KernelContext context(given);
-    Input projected(context.GetInput(0)), state(context.GetInput(2)), weight(context.GetInput(3));
-    Input own(context.GetInput(5)), index(context.GetInput(9));
+    constexpr size_t kState = kApart ? 1 : 2;  // the place of recurrent_state; the tables follow it
+    Input projected(context.GetInput(0)), state(context.GetInput(kState)), weight(context.GetInput(kState + 1));
+    Input own(context.GetInput(kState + 3)), index(context.GetInput(kState + 7));
     require(projected.shape.size() == 3 && projected.shape[2] % 3 == 0 && projected.shape[2] / 3 % block == 0,
             "projected is " + text(projected.shape) + ", expected three parts in blocks of " + std::to_string(block));
     require(weight.shape.size() == 2 && own.shape.size() == 2, "conv_weight and own have two axes");
@@ -124,14 +126,13 @@ struct MixerKernel {
     args.taps = weight.shape[0], args.order = own.shape[0];
     args.block = block, args.outer = outer;
     const Shape tables{args.order, args.channels}, wide{3 * args.channels};
-    args.weight = table(context, 3, "conv_weight", {args.taps, 3 * args.channels});
-    args.bias = table(context, 4, "conv_bias", wide);
-    args.own = table(context, 5, "own", tables);
-    args.other = table(context, 6, "other", tables);
-    args.readout = table(context, 7, "readout", tables);
-    args.direct = table(context, 8, "direct", {args.channels});
-    args.index = static_cast<const int32_t*>(input(context, 9, "index", tables).data);
-    Input conv = input(context, 1, "conv_state", {args.batch, args.taps - 1, 3 * args.channels});
+    args.weight = table(context, kState + 1, "conv_weight", {args.taps, 3 * args.channels});
+    args.bias = table(context, kState + 2, "conv_bias", wide);
+    args.own = table(context, kState + 3, "own", tables);
+    args.other = table(context, kState + 4, "other", tables);
+    args.readout = table(context, kState + 5, "readout", tables);
+    args.direct = table(context, kState + 6, "direct", {args.channels});
+    args.index = static_cast<const int32_t*>(input(context, kState + 7, "index", tables).data);
     if (index) {
       require(state.shape.size() >= 2 && state.shape[0] == args.batch, "recurrent_state is " + text(state.shape));
       args.states = 1;
@@ -140,16 +141,32 @@ struct MixerKernel {
       require(state.shape == Shape{args.batch, args.order, args.channels},
               "recurrent_state is " + text(state.shape) + ", expected [batch, order, channels]");
     }
-    args.signal = projected.type, args.conv = conv.type, args.recurrent = state.type;
-    args.projected = projected.data, args.conv_state = conv.data, args.state = state.data;
+    args.signal = projected.type, args.recurrent = state.type;
+    args.projected = projected.data, args.state = state.data;
     args.mixed = context.GetOutput(0, {args.batch, args.time, args.channels}).GetTensorMutableRawData();
-    args.new_conv_state = context.GetOutput(1, conv.shape).GetTensorMutableRawData();
-    args.new_state = context.GetOutput(2, state.shape).GetTensorMutableRawData();
+    args.new_state = context.GetOutput(kApart ? 1 : 2, state.shape).GetTensorMutableRawData();
+    take_past(context, args);
     if (args.batch == 0 || args.time == 0) {
       require(args.batch == 0, "HyenaMixer takes at least one token");
       return;
     }
     run(context, args);
+  }
+
+  void take_past(const Ort::KernelContext& context, MixerArgs& args) {
+    if constexpr (kApart) {
+      require(args.time == 1 && args.taps > 1 && args.taps <= kMostPast + 1 &&
+                  context.GetInputCount() == static_cast<size_t>(8 + args.taps),
+              "HyenaStep takes one token, and behind its tables the last of conv_weight's taps but one");
+      args.conv = args.signal;
+      for (int64_t n = 0; n + 1 < args.taps; n++)
+        args.past[n] = input(context, static_cast<size_t>(9 + n), "a token of the past",
+                             {args.batch, 1, 3 * args.channels}).data;
+    } else {
+      Input conv = input(context, 1, "conv_state", {args.batch, args.taps - 1, 3 * args.channels});
+      args.conv = conv.type, args.conv_state = conv.data;
+      args.new_conv_state = context.GetOutput(1, conv.shape).GetTensorMutableRawData();
+    }
   }
 
   void run(const Ort::KernelContext& context, const MixerArgs& args) {
@@ -272,8 +289,14 @@ struct SampleKernel {
 // An operator for one device and one choice of element types.
 template <typename Kernel>
 struct Operator : Ort::CustomOpBase<Operator<Kernel>, Kernel> {
-  Operator(const char* name_, Device device_, std::vector<Type> inputs_, size_t required_, std::vector<Type> outputs_)
-      : name(name_), device(device_), inputs(std::move(inputs_)), required(required_), outputs(std::move(outputs_)) {}
+  Operator(const char* name_, Device device_, std::vector<Type> inputs_, size_t required_, std::vector<Type> outputs_,
+           bool variadic_ = false)
+      : name(name_),
+        device(device_),
+        inputs(std::move(inputs_)),
+        required(required_),
+        outputs(std::move(outputs_)),
+        variadic(variadic_) {}
 
   void* CreateKernel(const OrtApi&, const OrtKernelInfo* info) const { return new Kernel(info, device); }
   const char* GetName() const { return name; }
@@ -285,6 +308,7 @@ struct Operator : Ort::CustomOpBase<Operator<Kernel>, Kernel> {
   size_t GetOutputTypeCount() const { return outputs.size(); }
   ONNXTensorElementDataType GetOutputType(size_t i) const { return static_cast<ONNXTensorElementDataType>(outputs[i]); }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
+    if (variadic && i + 1 == inputs.size()) return INPUT_OUTPUT_VARIADIC;
     return (required >> i & 1) ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   }
 
@@ -293,13 +317,15 @@ struct Operator : Ort::CustomOpBase<Operator<Kernel>, Kernel> {
   std::vector<Type> inputs;
   size_t required;  // a bit for each input that is always there
   std::vector<Type> outputs;
+  bool variadic;  // the last input is any number of them
 };
 
 constexpr Type kSignals[] = {Type::f32, Type::f16, Type::bf16};
 
 struct Registry {
   Ort::CustomOpDomain domain{"lhcompile"};
-  std::deque<Operator<MixerKernel>> mixers;
+  std::deque<Operator<MixerKernel<false>>> mixers;
+  std::deque<Operator<MixerKernel<true>>> steps;
   std::deque<Operator<LinearKernel>> linears;
   std::deque<Operator<SampleKernel>> samples;
 
@@ -309,6 +335,7 @@ struct Registry {
     add(Device::cuda);
 #endif
     for (auto& each : mixers) domain.Add(&each);
+    for (auto& each : steps) domain.Add(&each);
     for (auto& each : linears) domain.Add(&each);
     for (auto& each : samples) domain.Add(&each);
   }
@@ -330,6 +357,9 @@ struct Registry {
         for (Type state : kSignals)
           mixers.emplace_back("HyenaMixer", device, std::vector<Type>{signal, conv, state, f, f, f, f, f, f, Type::i32},
                               0b0110101111, std::vector<Type>{signal, conv, state});
+      for (Type state : kSignals)
+        steps.emplace_back("HyenaStep", device, std::vector<Type>{signal, state, f, f, f, f, f, f, Type::i32, signal},
+                           0b0011010111, std::vector<Type>{signal, state}, true);
       add_linears(device, signal, signal);
       if (signal != f) add_linears(device, signal, f);
       samples.emplace_back("Sample", device, std::vector<Type>{signal, f, f, Type::i64, f}, 0b11111,

@@ -279,6 +279,7 @@ class Engine:
             slots.clear(row)
         else:
             yield from self._prompts.read(tokens, partial(slots.row, row))
+            slots.settle(row)
 
     def _advance(self) -> None:
         running = [(row, job) for row, job in enumerate(self._jobs) if job is not None]

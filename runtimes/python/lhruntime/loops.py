@@ -7,7 +7,7 @@ itself: each step's tokens lie where the next one reads them, so that several st
     reads uniform of     0        1        2        3
     reads tokens of      3        0        1        2
     writes tokens of     0        1        2        3
-    states            A → B    B → A    A → B    B → A
+    states            A → B    B → A    A → B    B → A     and others as lhruntime.slots has them
 
 Everything is bound once for each place. On CUDA a place is a CUDA graph, which keeps its addresses. The numbers to
 choose by are written ahead for as many steps as are run, then the tokens of all of them are read at once.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +33,8 @@ __all__ = ["DeviceLoop", "Loop", "StepLoop", "check_neighbours"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _FLOAT32 = np.finfo(np.float32)
+_graph_ids = count(1)
+"""Names of CUDA graphs, no two alike: several loops may share a session."""
 
 
 class Loop(Protocol):
@@ -71,7 +74,7 @@ class StepLoop:
         self._next = np.zeros((batch, 1), np.int64)
         self._tokens = _allocate(model, (batch, 1), np.int64)
         self._logits = np.zeros((batch, 1, model.width), model.output_dtype)
-        self._bindings = [self._bind(side) for side in (0, 1)]
+        self._bindings = [self._bind(call) for call in range(self.slots.period)]
 
     def place(self, row: int, token: int, sampler: Sampler) -> None:
         self._next[row], self._samplers[row] = token, sampler
@@ -95,11 +98,11 @@ class StepLoop:
     def describe(self) -> dict[str, Any]:
         return {"graph": "step", "device": self._model.device, "cuda_graph": False, "ahead": 1}
 
-    def _bind(self, side: int) -> ort.IOBinding:
+    def _bind(self, call: int) -> ort.IOBinding:
         binding = self._model.step.io_binding()
         binding.bind_ortvalue_input(self._model.manifest.input, self._tokens)
         binding.bind_ortvalue_output(self._model.manifest.output, ort.OrtValue.ortvalue_from_numpy(self._logits))
-        self.slots.bind(binding, side)
+        self.slots.bind(binding, call)
         return binding
 
 
@@ -114,11 +117,11 @@ class DeviceLoop:
         if not model.chooses:
             raise ArgumentError("there is no graph 'decode' in it: build for --target cuda")
         self._model, self._batch = model, batch
-        self.slots, self.ahead = Slots(model, batch), check_count("ahead", ahead)
+        self.slots, self.ahead = Slots(model, batch, model.past), check_count("ahead", ahead)
         self.failed: dict[int, ArgumentError] = {}
         options = model.step.get_provider_options().get("CUDAExecutionProvider", {})
         self._captured = options.get("enable_cuda_graph") == "1"
-        self._places = ahead + ahead % 2  # even, so that a place always reads the same side of the states
+        self._places = -(-ahead // self.slots.period) * self.slots.period  # so that a place's states lie where they lay
         self._now = 0
         self._host = {name: np.zeros(batch, dtype) for name, dtype in SETTINGS.items()}
         self._host["uniform"] = np.zeros((self._places, batch), np.float32)
@@ -127,6 +130,7 @@ class DeviceLoop:
         self._values = {name: _allocate(model, array.shape, array.dtype.type) for name, array in self._host.items()}
         self._changed = set(self._host)  # on the host, and not yet on the device
         self._unread = False  # tokens on the device
+        self._graphs = [next(_graph_ids) for _ in range(self._places)]
         self._runs = [self._bind(place) for place in range(self._places)]
 
     @classmethod
@@ -233,7 +237,7 @@ class DeviceLoop:
         for name in ("temperature", "top_k", "top_p"):
             binding.bind_ortvalue_input(name, self._values[name])
         binding.bind_output(TOKENS, *where, np.int64, [batch, 1], address(TOKENS, place))
-        self.slots.bind(binding, place % 2)
+        self.slots.bind(binding, place % self.slots.period)
         return binding, self._options(place, waits=False), self._options(place, waits=True)
 
     def _options(self, place: int, *, waits: bool) -> ort.RunOptions:
@@ -241,7 +245,7 @@ class DeviceLoop:
         if self._model.device == "cuda":
             options.add_run_config_entry("disable_synchronize_execution_providers", str(int(not waits)))
         if self._captured:
-            options.add_run_config_entry("gpu_graph_id", str(place + 1))
+            options.add_run_config_entry("gpu_graph_id", str(self._graphs[place]))
         return options
 
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "GraphPair",
     "GraphSpec",
     "Manifest",
+    "PastSpec",
     "StateSpec",
     "WeightSpec",
     "check_files",
@@ -78,15 +79,28 @@ class GraphSpec:
 
 
 @dataclass(frozen=True)
+class PastSpec:
+    """A state [batch, positions, channels] that decode has in tensors of its own, one for each position.
+
+    inputs: in its place among the inputs, the oldest first; output: in its place among the outputs, the newest
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True)
 class GraphPair:
     """The graphs of one target; step and prefill are the same where it has one graph, of one position.
 
     decode: the step with the choice of the next token behind it, where there is one
+    past: of its states, by their input in the step, those in tensors of their own
     """
 
     step: GraphSpec
     prefill: GraphSpec
     decode: GraphSpec | None = None
+    past: Mapping[str, PastSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,6 +153,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     files = _files(_get(raw, "files", dict))
     graphs, target = _get(raw, "graphs", dict), _get(raw, "target", str)
     variants = _get(raw, "variants", dict) if "variants" in raw else {}
+    states = _states(_get(raw, "states", list))
     tokenizer = _get(raw, "tokenizer", dict) if "tokenizer" in raw else {"kind": "none"}
     _get(tokenizer, "kind", str, "tokenizer.")
     return Manifest(
@@ -149,9 +164,9 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         input=input_name,
         output=_get(_get(raw, "outputs", dict), "values" if features else "logits", str, "outputs."),
         target=target,
-        graphs={target: _pair(graphs, "graphs.", files)}
-        | {key: _pair(_get(variants, key, dict, "variants."), f"variants.{key}.", files) for key in variants},
-        states=_states(_get(raw, "states", list)),
+        graphs={target: _pair(graphs, "graphs.", files, states)}
+        | {key: _pair(_get(variants, key, dict, "variants."), f"variants.{key}.", files, states) for key in variants},
+        states=states,
         tokenizer=tokenizer,
         files=files,
     )
@@ -222,9 +237,23 @@ def _files(raw: Mapping[str, Any]) -> dict[str, FileRecord]:
     return files
 
 
-def _pair(graphs: Mapping[str, Any], where: str, files: Mapping[str, FileRecord]) -> GraphPair:
-    kinds = ("step", "prefill", *(["decode"] if "decode" in graphs else []))
-    return GraphPair(*(_graph(graphs, kind, where, files) for kind in kinds))
+def _pair(
+    graphs: Mapping[str, Any], where: str, files: Mapping[str, FileRecord], states: Sequence[StateSpec]
+) -> GraphPair:
+    step, prefill = (_graph(graphs, kind, where, files) for kind in ("step", "prefill"))
+    decode = _graph(graphs, "decode", where, files) if "decode" in graphs else None
+    past = _get(graphs, "past", dict, where) if "past" in graphs else {}
+    return GraphPair(step, prefill, decode, {name: _past(past, name, f"{where}past.", states) for name in past})
+
+
+def _past(raw: Mapping[str, Any], name: str, where: str, states: Sequence[StateSpec]) -> PastSpec:
+    entry = _get(raw, name, dict, where)
+    where = f"{where}{name}."
+    inputs = _get(entry, "inputs", list, where)
+    shape = next((state.shape for state in states if state.input == name), ())
+    if len(shape) != 3 or shape[:2] != ("batch", len(inputs)) or not all(isinstance(each, str) for each in inputs):
+        raise FormatError(f"manifest.json: {where}inputs is {inputs}, the state is {list(shape)}")
+    return PastSpec(tuple(inputs), _get(entry, "output", str, where))
 
 
 def _graph(graphs: Mapping[str, Any], kind: str, where: str, files: Mapping[str, FileRecord]) -> GraphSpec:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 
 from lhruntime.errors import ArgumentError, FormatError
-from lhruntime.manifest import GraphPair, GraphSpec, Manifest, StateSpec, WeightSpec, check_files, read_manifest
+from lhruntime.manifest import (
+    GraphPair,
+    GraphSpec,
+    Manifest,
+    PastSpec,
+    StateSpec,
+    WeightSpec,
+    check_files,
+    read_manifest,
+)
 
 __all__ = ["SETTINGS", "TOKENS", "LoadedModel", "load_model", "register_operators"]
 
@@ -35,8 +44,9 @@ SETTINGS = {"uniform": "float32", "temperature": "float32", "top_k": "int64", "t
 TOKENS = "tokens"
 """What it writes in place of the logits, int64 [batch, 1]."""
 _ERRORS_ONLY = 3
-_FLOAT32 = {"use_tf32": "0"}
-"""Options of CUDA: factors of float32 products keep their 24 bits, where TF32 would round them to 11."""
+_CUDA = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+"""Options of CUDA: factors of float32 products keep their 24 bits, where TF32 would round them to 11; memory grows by
+what is asked for, not to the next power of two."""
 _DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 
 
@@ -46,6 +56,7 @@ class LoadedModel:
 
     step:                    one position a call; the graph `decode` if it chooses
     chooses:                 whether step gives tokens, chosen as its SETTINGS say, in place of logits
+    past:                    states that step has as one tensor for each position, by their input in prefill
     operators:               the library whose kernels both may take, None without one
     input_dtype, input_tail: int64, () for tokens; float32, (channels,) for features
     output_dtype, width:     of the logits or values [batch, seq, width]
@@ -67,6 +78,7 @@ class LoadedModel:
     device_id: int
     weights: tuple[ort.OrtValue, ...] = ()
     chooses: bool = False
+    past: Mapping[str, PastSpec] = field(default_factory=dict)
     operators: str | None = None
 
 
@@ -112,7 +124,8 @@ def load_model(
     prefill = step if graphs.prefill == one else opened(graphs.prefill, chosen)
     channels = _last_dim(step.get_inputs(), one.file) if manifest.features else None
     width = manifest.vocab_size or _last_dim(step.get_outputs(), one.file)
-    _check_graph(step, one.file, manifest, batch, "one", channels, width, chooses=decode is not None)
+    past = graphs.past if decode else {}
+    _check_graph(step, one.file, manifest, batch, "one", channels, width, chooses=decode is not None, past=past)
     _check_graph(prefill, graphs.prefill.file, manifest, batch, "seq", channels, width)
     provider = step.get_providers()[0]
     return LoadedModel(
@@ -129,6 +142,7 @@ def load_model(
         device_id=int(step.get_provider_options()[provider].get("device_id", 0)),
         weights=tuple(mapped.values()),
         chooses=decode is not None,
+        past=past,
         operators=None if operators is None else os.fspath(operators),
     )
 
@@ -150,12 +164,12 @@ def _check_providers(providers: Sequence[Provider] | None) -> list[Provider]:
         name = provider if isinstance(provider, str) else provider[0]
         if name not in available:
             raise ArgumentError(f"provider {name!r} is not in this onnxruntime, which has {known}")
-    return [_exact(provider) for provider in chosen]
+    return [_with_defaults(provider) for provider in chosen]
 
 
-def _exact(provider: Provider) -> Provider:
+def _with_defaults(provider: Provider) -> Provider:
     name, options = (provider, {}) if isinstance(provider, str) else provider
-    return (name, _FLOAT32 | options) if name == "CUDAExecutionProvider" else provider
+    return (name, _CUDA | options) if name == "CUDAExecutionProvider" else provider
 
 
 def _capturing(providers: list[Provider]) -> list[Provider]:
@@ -233,19 +247,20 @@ def _check_graph(
     width: int,
     *,
     chooses: bool = False,
+    past: Mapping[str, PastSpec] | None = None,
 ) -> None:
     """Names, order, dtypes and shapes; an output may leave sizes undeclared, an input may not.
 
-    seq is "seq" for a graph of many positions, "one" for that of one; chooses: for the graph `decode`.
+    seq is "seq" for a graph of many positions, "one" for that of one; chooses, past: for the graph `decode`.
     """
-    states = manifest.states
+    carried, kept = _carried(manifest.states, past or {})
     lead: tuple[Dim, ...] = ("batch", seq)
     tail = () if channels is None else (channels,)
     settings = SETTINGS if chooses else {}
     output = TOKENS if chooses else manifest.output
     for kind, values, names in (
-        ("input", graph.get_inputs(), [manifest.input, *(state.input for state in states), *settings]),
-        ("output", graph.get_outputs(), [output, *(state.output for state in states)]),
+        ("input", graph.get_inputs(), [manifest.input, *(value.name for value in carried), *settings]),
+        ("output", graph.get_outputs(), [output, *(value.name for value in kept)]),
     ):
         found = [value.name for value in values]
         if found != names:
@@ -255,15 +270,31 @@ def _check_graph(
     _check_value(file, reads[0], (input_type,), lead + tail, batch, declared=True)
     dtypes, shape = (("int64",), lead) if chooses else (_OUTPUT_DTYPES, (*lead, width))
     _check_value(file, writes[0], dtypes, shape, batch, declared=False)
-    for state, read, write in zip(states, reads[1:], writes[1:], strict=False):
-        _check_state(file, state, read, write, batch)
-    for dtype, read in zip(settings.values(), reads[1 + len(states) :], strict=True):
+    for values, declared, states in ((reads, True, carried), (writes, False, kept)):
+        for value, state in zip(values[1:], states, strict=False):
+            _check_value(file, value, (state.dtype,), state.shape, batch, declared=declared)
+    for dtype, read in zip(settings.values(), reads[1 + len(carried) :], strict=True):
         _check_value(file, read, (dtype,), ("batch",), batch, declared=True)
 
 
-def _check_state(file: str, state: StateSpec, read: ort.NodeArg, write: ort.NodeArg, batch: int) -> None:
-    _check_value(file, read, (state.dtype.name,), state.shape, batch, declared=True)
-    _check_value(file, write, (state.dtype.name,), state.shape, batch, declared=False)
+class _Carried(NamedTuple):
+    """An input or output of a graph that is a state, or a position of one."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+def _carried(states: Sequence[StateSpec], past: Mapping[str, PastSpec]) -> tuple[list[_Carried], list[_Carried]]:
+    """Inputs and outputs."""
+    reads, writes = [], []
+    for state in states:
+        apart, shape = PastSpec((state.input,), state.output), state.shape
+        if state.input in past:
+            apart, shape = past[state.input], (shape[0], 1, *shape[2:])
+        reads += [_Carried(name, state.dtype.name, shape) for name in apart.inputs]
+        writes.append(_Carried(apart.output, state.dtype.name, shape))
+    return reads, writes
 
 
 def _check_value(

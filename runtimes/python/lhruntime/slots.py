@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import lcm, prod
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
 
 from lhruntime.errors import ArgumentError
+from lhruntime.manifest import PastSpec, StateSpec
 from lhruntime.model import LoadedModel
 
 __all__ = ["Prompts", "Slots"]
@@ -17,73 +19,182 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Slots:
-    """The states of `count` sequences, twice: a step reads one side and writes the other, then they change roles.
+    """The states of `count` sequences, which every call reads in one place and writes in another.
+
+    past: states that the graphs they are bound to have as one tensor for each position
 
     Raises ArgumentError if a state has no row of its own for each sequence.
     """
 
-    def __init__(self, model: LoadedModel, count: int) -> None:
-        self._model, self._specs = model, model.manifest.states
+    def __init__(self, model: LoadedModel, count: int, past: Mapping[str, PastSpec] | None = None) -> None:
+        self._specs, apart = model.manifest.states, past or {}
         for spec in self._specs:
             if spec.shape[:1] != ("batch",):
                 raise ArgumentError(
                     f"sequences cannot run side by side: state {spec.input} is {list(spec.shape)}, "
                     "expected rows first, one for each sequence"
                 )
-        self._sides = (self._allocate(count), self._allocate(count))
-        self._count, self._now = count, 0
+        self._states: list[_State] = [
+            _Window(model, spec, apart[spec.input], count) if spec.input in apart else _Sides(model, spec, count)
+            for spec in self._specs
+        ]
+        self._now = 0
+        self.period = lcm(*(state.period for state in self._states))
         self.zero()
 
     @property
     def bytes(self) -> int:
         """Of the states of all sequences, once."""
-        return sum(value.tensor_size_in_bytes() for value in self._sides[0])
+        return sum(state.bytes for state in self._states)
+
+    @property
+    def traffic(self) -> int:
+        """Bytes of states that a call reads and writes."""
+        return sum(state.traffic for state in self._states)
 
     @property
     def now(self) -> int:
-        """The side that the next step reads."""
+        """The number of the next call; after `period` calls they lie where they lay."""
         return self._now
 
     def turn(self) -> None:
         """What has been written is what is read next."""
-        self._now = 1 - self._now
+        self._now = (self._now + 1) % self.period
 
-    def bind(self, binding: ort.IOBinding, side: int) -> None:
-        """Let a graph read the states of one side and write those of the other."""
-        for spec, old, new in zip(self._specs, self._sides[side], self._sides[1 - side], strict=True):
-            binding.bind_ortvalue_input(spec.input, old)
-            binding.bind_ortvalue_output(spec.output, new)
+    def bind(self, binding: ort.IOBinding, call: int) -> None:
+        """Let a graph read the states of a call, and write them for the next."""
+        for state in self._states:
+            state.bind(binding, call)
 
     def row(self, index: int) -> list[ort.OrtValue]:
-        """The present states [1, ...] of one sequence where they lie: what is written to them is written there."""
-        views = self._model.prefill.io_binding()
-        for spec, value in zip(self._specs, self._sides[self._now], strict=True):
-            shape = spec.sized(1)
-            address = value.data_ptr() + index * spec.dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-            where = (self._model.device, self._model.device_id)
-            views.bind_output(spec.output, *where, spec.dtype.type, shape, address)
-        return views.get_outputs()
+        """Where the present states [1, ...] of one sequence are written, of which `settle` is told."""
+        return [state.row(index, self._now) for state in self._states]
+
+    def settle(self, index: int) -> None:
+        """All of `row` has been written."""
+        for state in self._states:
+            state.settle(index, self._now)
 
     def zero(self) -> None:
         """Make the present states of all sequences zero."""
-        for spec, value in zip(self._specs, self._sides[self._now], strict=True):
-            value.update_inplace(np.zeros(spec.sized(self._count), spec.dtype))
+        for state in self._states:
+            state.zero(self._now)
 
     def clear(self, index: int) -> None:
         """Make the present states of one sequence zero."""
-        for spec, view in zip(self._specs, self.row(index), strict=True):
-            view.update_inplace(np.zeros(spec.sized(1), spec.dtype))
+        for spec, value in zip(self._specs, self.row(index), strict=True):
+            value.update_inplace(np.zeros(spec.sized(1), spec.dtype))
+        self.settle(index)
 
     def read(self, index: int) -> list[Array]:
         """Copies of the present states [1, ...] of one sequence, in the manifest's order."""
-        return [np.array(view.numpy()) for view in self.row(index)]
+        return [state.read(index, self._now) for state in self._states]
 
-    def _allocate(self, count: int) -> list[ort.OrtValue]:
+
+class _State(Protocol):
+    """One state of all sequences. period: calls after which it lies where it lay; bytes, traffic: as of Slots."""
+
+    period: int
+    bytes: int
+    traffic: int
+
+    def bind(self, binding: ort.IOBinding, call: int) -> None: ...
+
+    def row(self, index: int, call: int) -> ort.OrtValue: ...
+
+    def settle(self, index: int, call: int) -> None: ...
+
+    def read(self, index: int, call: int) -> Array: ...
+
+    def zero(self, call: int) -> None: ...
+
+
+class _Sides:
+    """A state that is there twice: a call reads one side and writes the other, then they change roles."""
+
+    period = 2
+
+    def __init__(self, model: LoadedModel, spec: StateSpec, count: int) -> None:
+        self._spec = spec
+        self._sides = [_Rows(model, spec.sized(count), spec.dtype) for _ in range(2)]
+        self.bytes = self._sides[0].value.tensor_size_in_bytes()
+        self.traffic = 2 * self.bytes
+
+    def bind(self, binding: ort.IOBinding, call: int) -> None:
+        binding.bind_ortvalue_input(self._spec.input, self._sides[call % 2].value)
+        binding.bind_ortvalue_output(self._spec.output, self._sides[1 - call % 2].value)
+
+    def row(self, index: int, call: int) -> ort.OrtValue:
+        return self._sides[call % 2].row(index)
+
+    def settle(self, index: int, call: int) -> None:
+        """It lies where it was written."""
+
+    def read(self, index: int, call: int) -> Array:
+        return np.array(self.row(index, call).numpy())
+
+    def zero(self, call: int) -> None:
+        self._sides[call % 2].zero()
+
+
+class _Window:
+    """The last positions of a signal, a tensor each and one more, which a call writes and the next ones read."""
+
+    def __init__(self, model: LoadedModel, spec: StateSpec, past: PastSpec, count: int) -> None:
+        _, positions, channels = spec.sized(count)
+        self._past, self.period = past, positions + 1
+        self._ring = [_Rows(model, (count, 1, channels), spec.dtype) for _ in range(self.period)]
+        self._written = _Rows(model, (1, positions, channels), spec.dtype)
+        each = self._ring[0].value.tensor_size_in_bytes()
+        self.bytes, self.traffic = positions * each, self.period * each
+
+    def _at(self, call: int) -> list[_Rows]:
+        """The oldest first; the last one is written."""
+        start = call % self.period
+        return self._ring[start:] + self._ring[:start]
+
+    def bind(self, binding: ort.IOBinding, call: int) -> None:
+        *read, written = self._at(call)
+        for name, rows in zip(self._past.inputs, read, strict=True):
+            binding.bind_ortvalue_input(name, rows.value)
+        binding.bind_ortvalue_output(self._past.output, written.value)
+
+    def row(self, index: int, call: int) -> ort.OrtValue:
+        return self._written.value
+
+    def settle(self, index: int, call: int) -> None:
+        state = self._written.value.numpy()
+        for position, rows in enumerate(self._at(call)[:-1]):
+            rows.row(index).update_inplace(np.ascontiguousarray(state[:, position : position + 1]))
+
+    def read(self, index: int, call: int) -> Array:
+        return np.concatenate([rows.row(index).numpy() for rows in self._at(call)[:-1]], axis=1)
+
+    def zero(self, call: int) -> None:
+        for rows in self._at(call)[:-1]:
+            rows.zero()
+
+
+class _Rows:
+    """A tensor on the model's device, a row for each sequence."""
+
+    def __init__(self, model: LoadedModel, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
+        self._model, self._shape, self._dtype = model, tuple(shape), dtype
+        where = (model.device, model.device_id)
+        self.value = ort.OrtValue.ortvalue_from_shape_and_type(self._shape, dtype.type, *where)
+
+    def row(self, index: int) -> ort.OrtValue:
+        """One row where it lies: what is written to it is written there."""
+        shape = (1, *self._shape[1:])
+        address = self.value.data_ptr() + index * self._dtype.itemsize * prod(shape)
+        view = self._model.prefill.io_binding()
         where = (self._model.device, self._model.device_id)
-        return [
-            ort.OrtValue.ortvalue_from_shape_and_type(spec.sized(count), spec.dtype.type, *where)
-            for spec in self._specs
-        ]
+        view.bind_output(self._model.manifest.output, *where, self._dtype.type, shape, address)
+        (value,) = view.get_outputs()
+        return value
+
+    def zero(self) -> None:
+        self.value.update_inplace(np.zeros(self._shape, self._dtype))
 
 
 class Prompts:

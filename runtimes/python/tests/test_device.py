@@ -14,6 +14,7 @@ from lhruntime.runner import Runner
 from toy_models import Toy
 
 CUDA = "CUDAExecutionProvider"
+DEFAULTS = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
 
 
 class Across:
@@ -77,9 +78,9 @@ def test_a_binding_made_once_would_repeat_the_first_token(built: Path, model: To
 @pytest.mark.parametrize(
     ("given", "opened"),
     [
-        (CUDA, (CUDA, {"use_tf32": "0"})),
-        ((CUDA, {"device_id": "1"}), (CUDA, {"use_tf32": "0", "device_id": "1"})),
-        ((CUDA, {"use_tf32": "1"}), (CUDA, {"use_tf32": "1"})),
+        (CUDA, (CUDA, DEFAULTS)),
+        ((CUDA, {"device_id": "1"}), (CUDA, {**DEFAULTS, "device_id": "1"})),
+        ((CUDA, {"use_tf32": "1"}), (CUDA, {**DEFAULTS, "use_tf32": "1"})),
         ("CPUExecutionProvider", "CPUExecutionProvider"),
     ],
     ids=str,

@@ -13,13 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lhruntime import Session
 from torch import Tensor
 
 from bench import decode_onnx
 from bench.decode_cuda import fitting, sweep
 from bench.decode_model import TINY
-from bench.decode_ours import Directory, Loop
 from bench.decode_timing import Rates, is_full
 from bench.decode_torch import Attention, Convolution, Decoder, Mixer, Recurrence, Weights, leave, leave_fused
 
@@ -180,20 +178,15 @@ def test_the_benchmark_drives_a_directory_and_writes_what_it_measured(tmp_path: 
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "decode_cuda.json").read_text())["1.3B"]
-    assert set(found["systems"]) == {"ours fp16", "ours fp16, lhruntime", "transformer", "hyena", "loop", "loop, eager"}
+    assert set(found["systems"]) == {"ours fp16", "transformer", "hyena", "loop", "loop, eager"}
     table = (tmp_path / "decode_cuda.md").read_text()
     for context, rows in found["systems"]["transformer"].items():
         best = max(rows, key=lambda row: row["tokens_per_second"])
         assert f"| {context} | transformer | {best['batch']} | {1e3 * best['seconds']:.2f} |" in table
     assert (tmp_path / "decode_cuda.svg").read_text().count("<svg") == 1
-    path = tmp_path / "work" / "1.3B-tiny" / "cuda-fp16-4"
     assert found["builds"]["fp16"]["stages"]
-    loop, session = Loop(Directory(path, "cpu", None), 2), Session.load(path, batch=2)
-    tokens = np.array([3, 9])
-    mine = loop.generate(torch.from_numpy(tokens), 12).numpy()
-    for column in range(12):
-        tokens = session.step(tokens).argmax(-1)
-        np.testing.assert_array_equal(mine[:, column], tokens)
+    for row in found["systems"]["ours fp16"]["any"]:
+        assert (row["graph"], row["ahead"], row["cuda_graph"], row["operators"]) == ("decode", 16, False, False)
 
 
 @pytest.mark.slow
