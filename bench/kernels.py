@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 __all__ = ["LIBRARY", "Kernels"]
 
+Call = Callable[[], None]
 LIBRARY = Path(os.environ.get("LHCOMPILE_OPS", Path(__file__).parents[1] / "build" / "ops" / "liblhcompile_ops.so"))
 
 _TYPES = {
@@ -59,12 +60,13 @@ _SampleArgs = _structure(
 class Kernels:
     """The library's launchers. Each method makes the outputs and the scratch memory once, → (outputs, call).
 
-    A call raises RuntimeError with what the library says.
+    `call` starts the kernels on torch's current stream, every time on the same memory, so it can be captured.
+    Raises RuntimeError with what the library says.
     """
 
     def __init__(self, library: Path = LIBRARY) -> None:
         self._library = ctypes.CDLL(str(library))
-        for name in ("mixer", "linear", "linear_step", "sample"):
+        for name in ("mixer", "linear", "sample"):
             getattr(self._library, f"lhcompile_{name}").restype = ctypes.c_char_p
         for name in ("mixer", "linear"):
             getattr(self._library, f"lhcompile_{name}_scratch").restype = ctypes.c_size_t
@@ -81,7 +83,7 @@ class Kernels:
             *(_TYPES[x.dtype] for x in (projected, projected, state)),
             *(_pointer(x) for x in (projected, None, *inputs[1:9], mixed, None, after, *past)),
         )
-        return [mixed, after], self._call("mixer", args, held=(inputs, mixed, after), scratch="mixer")
+        return [mixed, after], self._call("mixer", args, (inputs, mixed, after))
 
     def mixer(
         self, inputs: tuple[Tensor | None, ...], block: int, outer: int, in_place: bool = False
@@ -99,7 +101,7 @@ class Kernels:
             *(_pointer(x) for x in inputs),
             *(_pointer(x) for x in (mixed, *after)),
         )
-        return [mixed, *after], self._call("mixer", args, held=(inputs, mixed, after), scratch="mixer")
+        return [mixed, *after], self._call("mixer", args, (inputs, mixed, after))
 
     def linear(
         self,
@@ -118,16 +120,7 @@ class Kernels:
             *(_NORMS[norm], _ACTIVATIONS[activation], epsilon),
             *(_pointer(v) for v in (x, weight, bias, residual, weight_scale, scale, shift, y)),
         )
-        return [y], self._call("linear", args, held=(inputs, y), scratch="linear")
-
-    def linear_step(
-        self, inputs: tuple[Tensor | None, ...], norm: str, epsilon: float, block: int, outer: int
-    ) -> tuple[list[Tensor], Call]:
-        """inputs as those of LinearHyenaStep"""
-        (y,), product = self.linear(inputs[:6], norm, epsilon=epsilon)
-        (mixed, after), step = self.step((y, *inputs[6:]), block, outer)
-        both = *product.args, *step.args
-        return [y, mixed, after], self._call("linear_step", *both, held=(product, step), scratch="linear")
+        return [y], self._call("linear", args, (inputs, y))
 
     def sample(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], Call]:
         logits, uniform, temperature, top_k, top_p = inputs
@@ -136,32 +129,24 @@ class Kernels:
             *(len(logits), logits.shape[-1], _TYPES[logits.dtype]),
             *(_pointer(x) for x in (logits, uniform, temperature, top_p, top_k, tokens)),
         )
-        return [tokens], self._call("sample", args, held=(inputs, tokens))
+        return [tokens], self._call("sample", args, (inputs, tokens), scratch=False)
 
-    def _call(self, name: str, *args: ctypes.Structure, held: object, scratch: str | None = None) -> Call:
-        """held: what must live as long as the call; scratch: the launcher whose memory it needs"""
+    def _call(self, name: str, args: ctypes.Structure, held: object, scratch: bool = True) -> Call:
+        """held: what must live as long as the call"""
         memory = []
-        if scratch is not None:
-            size = getattr(self._library, f"lhcompile_{scratch}_scratch")(ctypes.byref(args[0]))
+        if scratch:
+            size = getattr(self._library, f"lhcompile_{name}_scratch")(ctypes.byref(args))
             memory.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
-        return Call(getattr(self._library, f"lhcompile_{name}"), args, memory, held)
 
+        def call() -> None:
+            _ = held
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            addresses = [ctypes.c_void_p(x.data_ptr()) for x in memory]
+            problem = getattr(self._library, f"lhcompile_{name}")(ctypes.byref(args), *addresses, stream)
+            if problem:
+                raise RuntimeError(problem.decode())
 
-@dataclass(frozen=True)
-class Call:
-    """Starts kernels on torch's current stream, every time on the same memory, so it can be captured."""
-
-    launcher: Any
-    args: tuple[ctypes.Structure, ...]
-    memory: list[Tensor]
-    held: object
-
-    def __call__(self) -> None:
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        addresses = [ctypes.c_void_p(x.data_ptr()) for x in self.memory]
-        problem = self.launcher(*(ctypes.byref(each) for each in self.args), *addresses, stream)
-        if problem:
-            raise RuntimeError(problem.decode())
+        return call
 
 
 def _there(tensor: Tensor | None) -> Tensor:

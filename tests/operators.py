@@ -26,10 +26,9 @@ from lhcompile.lower.functions import (
     mixer_function,
     sample_function,
 )
-from lhcompile.lower.joined import linear_step_function
 from lhcompile.ssm import swap
 
-__all__ = ["FORMS", "LOUD", "Call", "Linear", "Mixer", "Sample", "error", "kept_error", "linear_step", "run"]
+__all__ = ["FORMS", "LOUD", "Call", "Linear", "Mixer", "Sample", "error", "kept_error", "run"]
 
 Type = ir.DataType
 TORCH = {
@@ -66,7 +65,6 @@ class Call:
         node = call(self.function, given)
         ranks = {
             "HyenaMixer": [3, 3, 0 if self.inputs[2] is None else self.inputs[2].ndim],
-            "LinearHyenaStep": [3, 3, 3],
             "HyenaStep": [3, 0 if self.inputs[1] is None else self.inputs[1].ndim],
             "Sample": [2],
         }
@@ -124,13 +122,6 @@ def kept_error(given: Tensor, wanted: Tensor) -> float:
     """As `error`, of numbers that are NaN in the same places."""
     assert torch.equal(given.isnan(), wanted.isnan())
     return error(given.where(~given.isnan(), 0), wanted.where(~wanted.isnan(), 0))
-
-
-def linear_step(linear: Call, step: Call) -> Call:
-    """Both as one: LinearHyenaStep."""
-    first = [*linear.inputs, *[None] * (6 - len(linear.inputs))]
-    places = (0, *(place + 5 for place in step.fed if place > 0))
-    return Call(linear_step_function(linear.function, step.function), (*first, *step.inputs[1:]), places)
 
 
 EDGES = torch.tensor([1.0, 65504, 65519, 65520, 1e5, float("inf"), float("nan")])

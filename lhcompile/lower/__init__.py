@@ -23,7 +23,6 @@ from lhcompile.lower.export import export_onnx
 from lhcompile.lower.external import WEIGHTS_NAME, share_tensors, weight_places, write_graphs
 from lhcompile.lower.forms import with_functions
 from lhcompile.lower.fuse import fuse
-from lhcompile.lower.joined import joined
 from lhcompile.lower.masked import masked
 
 __all__ = ["WEIGHTS_NAME", "complete", "lower", "masked", "weight_places", "write_graphs"]
@@ -64,4 +63,4 @@ def complete(lowered: Lowered, decode: bool = False) -> Lowered:
     if not chosen:
         return lowered
     graph, past = decoding(step)
-    return replace(lowered, decode=joined(with_forms(graph)), past=past)
+    return replace(lowered, decode=with_forms(graph), past=past)

@@ -106,39 +106,6 @@ def test_a_step_is_a_mixer_whose_past_is_kept_by_others(
     assert torch.equal(given[1], state)
 
 
-BOTH = {
-    "small": (Linear(norm="layer", norm_bias=True, out=72), Mixer()),
-    "layer": (Linear(norm="layer", norm_bias=True, width=512, out=1536), Mixer(channels=512, block=512)),
-    "bare": (Linear(bias=False, width=256, out=900), Mixer(complex_poles=False, taps=2, channels=300, block=300)),
-    "many taps": (Linear(norm="rms", width=264, out=480), Mixer(taps=7, channels=160, block=160, order=5, outer=1)),
-    "blocks": (Linear(width=64, out=288), Mixer(channels=96, block=32, order=16, outer=2)),
-    "interleaved": (Linear(width=64, out=600), Mixer(channels=200, block=1)),
-    "packed": (Linear(width=64, out=600), Mixer(channels=200, block=200, packed=True, order=5)),
-    "large": (Linear(norm="layer", norm_bias=True, width=2048, out=6144), Mixer(channels=2048, block=2048)),
-}
-
-
-@pytest.mark.parametrize("name", BOTH)
-@pytest.mark.parametrize("rows", [1, 2, 5, 40])
-@pytest.mark.parametrize("kind", [(HALF, FLOAT), (HALF, HALF), (BRAIN, BRAIN), (FLOAT, FLOAT)])
-def test_a_projection_and_its_step(
-    kernels: Kernels, name: str, rows: int, kind: tuple[ir.DataType, ir.DataType]
-) -> None:
-    """Both in one call are one after the other, bit for bit."""
-    signal, state = kind
-    linear = replace(BOTH[name][0], batch=rows, time=1, signal=signal)
-    mixer = replace(
-        BOTH[name][1], batch=rows, signal=signal, conv_state=signal, recurrent_state=state, one_token=True, apart=True
-    )
-    first, then = placed(linear.call()), placed(mixer.call())
-    first += (None,) * (6 - len(first))
-    (y,) = computed(*kernels.linear(first[:6], linear.norm, epsilon=linear.epsilon))
-    wanted = [y, *computed(*kernels.step((y.cuda(), *then[1:]), mixer.block, mixer.outer))]
-    call = kernels.linear_step((*first, *then[1:]), linear.norm, linear.epsilon, mixer.block, mixer.outer)
-    for ours, truth in zip(computed(*call), wanted, strict=True):
-        assert torch.equal(ours, truth)
-
-
 def test_a_step_may_write_where_it_reads(kernels: Kernels) -> None:
     for name in ("complex", "many rows", "packed, many rows", "seven taps"):
         for ours, theirs in zip(mixed(kernels, SHAPES[name], True), mixed(kernels, SHAPES[name]), strict=True):

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from operators import FORMS, LOUD, Call, Linear, Mixer, Sample, error, kept_error, linear_step, run
+from operators import FORMS, LOUD, Call, Linear, Mixer, Sample, error, kept_error, run
 
 from lhcompile.artifacts import LARGEST_HALF
 
@@ -120,27 +120,6 @@ def test_states_stop_at_the_largest_half(library: Path, name: str, tokens: int |
             assert (truth == LARGEST_HALF).any() & (truth == -LARGEST_HALF).any() & truth.isnan().any()
             assert torch.equal(ours.abs() == LARGEST_HALF, truth.half().abs() == LARGEST_HALF)
             assert kept_error(ours, truth) <= BUDGET[HALF]
-
-
-BOTH = {
-    "layer": (Linear(norm="layer", norm_bias=True, out=72, time=1, one_token=True), Mixer()),
-    "bare": (Linear(bias=False, out=72, time=1, one_token=True), Mixer(complex_poles=False, taps=2)),
-    "many taps": (Linear(norm="rms", out=90, time=1, one_token=True), Mixer(taps=7, channels=30, block=30, order=5)),
-}
-
-
-@pytest.mark.parametrize("name", BOTH)
-@pytest.mark.parametrize("signal", [FLOAT, HALF, BRAIN])
-@pytest.mark.parametrize("kernel", [True, False])
-def test_a_projection_and_its_step(library: Path, name: str, signal: ir.DataType, kernel: bool) -> None:
-    """Both in one node are one node after the other."""
-    linear, mixer = (replace(each, signal=signal) for each in BOTH[name])
-    first, then = linear.call(), replace(mixer, conv_state=signal, one_token=True, apart=True).call()
-    taken = library if kernel else None
-    (y,) = run(first, taken)
-    wanted = [y, *run(replace(then, inputs=(y, *then.inputs[1:])), taken)]
-    for ours, truth in zip(run(linear_step(first, then), taken), wanted, strict=True):
-        assert torch.equal(ours, truth)
 
 
 LARGER = {

@@ -14,8 +14,6 @@ size_t linear_scratch(const LinearArgs&);
 
 const char* mixer_cuda(const MixerArgs&, void* scratch, void* stream);
 const char* linear_cuda(const LinearArgs&, void* scratch, void* stream);
-// A product and the step of its outputs; scratch as linear_scratch says.
-const char* linear_step_cuda(const LinearArgs&, const MixerArgs&, void* scratch, void* stream);
 const char* sample_cuda(const SampleArgs&, void* stream);
 
 }  // namespace lhcompile

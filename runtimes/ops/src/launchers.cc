@@ -11,10 +11,6 @@ EXPORTED const char* lhcompile_linear(const lhcompile::LinearArgs* args, void* s
   return lhcompile::linear_cuda(*args, scratch, stream);
 }
 EXPORTED size_t lhcompile_linear_scratch(const lhcompile::LinearArgs* args) { return lhcompile::linear_scratch(*args); }
-EXPORTED const char* lhcompile_linear_step(const lhcompile::LinearArgs* linear, const lhcompile::MixerArgs* mixer,
-                                           void* scratch, void* stream) {
-  return lhcompile::linear_step_cuda(*linear, *mixer, scratch, stream);
-}
 EXPORTED const char* lhcompile_sample(const lhcompile::SampleArgs* args, void* stream) {
   return lhcompile::sample_cuda(*args, stream);
 }

@@ -1,4 +1,4 @@
-// Linear on a GPU, and LinearHyenaStep: a few rows of 16 bits by gemv.cuh and few_rows.cuh; others by cuBLASLt, with a kernel for the norm
+// Linear on a GPU: a few rows of 16 bits by gemv.cuh and few_rows.cuh; others by cuBLASLt, with a kernel for the norm
 // before it, one that makes numbers of 4-bit codes, and one after it for what cuBLASLt cannot add itself.
 #include "cublaslt.h"
 #include "cuda.h"
@@ -207,21 +207,7 @@ const char* linear(const LinearArgs& a, void* scratch, void* stream) {
   return few_or_many<Plain<T>, T>(a, scratch, stream);
 }
 
-template <typename T>
-const char* mixed(const LinearArgs& a, const MixerArgs& m, void* stream) {
-  if (m.recurrent == Type::f16) return launch_mixed<T, Half>(a, m, stream);
-  if (m.recurrent == Type::bf16) return launch_mixed<T, Brain>(a, m, stream);
-  return launch_mixed<T, float>(a, m, stream);
-}
-
 }  // namespace
-
-const char* linear_step_cuda(const LinearArgs& a, const MixerArgs& m, void* scratch, void* stream) {
-  if (a.signal == Type::f16 && mixed_serves<Half>(a, m)) return mixed<Half>(a, m, stream);
-  if (a.signal == Type::bf16 && mixed_serves<Brain>(a, m)) return mixed<Brain>(a, m, stream);
-  const char* problem = linear_cuda(a, scratch, stream);
-  return problem ? problem : mixer_cuda(m, nullptr, stream);
-}
 
 size_t linear_scratch(const LinearArgs& a) {
   const Room room(a);

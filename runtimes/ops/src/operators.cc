@@ -103,17 +103,21 @@ void parallel(const Ort::KernelContext& context, int64_t items, const F& work) {
 
 // ---- HyenaMixer, and HyenaStep, whose past is one tensor a token ------------------------------------------------------
 
-struct MixerForm {
-  explicit MixerForm(Ort::ConstKernelInfo info) {
+template <bool kApart>
+struct MixerKernel {
+  MixerKernel(const OrtKernelInfo* given, Device on) : device(on) {
+    Ort::ConstKernelInfo info(given);
     block = info.GetAttribute<int64_t>("block");
     outer = info.GetAttribute<int64_t>("outer");
     require(block > 0 && outer >= 0 && outer < 3,
             "HyenaMixer has block " + std::to_string(block) + " and outer " + std::to_string(outer));
   }
 
-  // at: the place of recurrent_state, which the tables follow; what is kept of the past is not among them
-  MixerArgs read(const Ort::KernelContext& context, const Input& projected, size_t at) const {
-    Input state(context.GetInput(at)), weight(context.GetInput(at + 1)), own(context.GetInput(at + 3));
+  void Compute(OrtKernelContext* given) {
+    Ort::KernelContext context(given);
+    constexpr size_t kState = kApart ? 1 : 2;  // the place of recurrent_state; the tables follow it
+    Input projected(context.GetInput(0)), state(context.GetInput(kState)), weight(context.GetInput(kState + 1));
+    Input own(context.GetInput(kState + 3)), index(context.GetInput(kState + 7));
     require(projected.shape.size() == 3 && projected.shape[2] % 3 == 0 && projected.shape[2] / 3 % block == 0,
             "projected is " + text(projected.shape) + ", expected three parts in blocks of " + std::to_string(block));
     require(weight.shape.size() == 2 && own.shape.size() == 2, "conv_weight and own have two axes");
@@ -122,14 +126,14 @@ struct MixerForm {
     args.taps = weight.shape[0], args.order = own.shape[0];
     args.block = block, args.outer = outer;
     const Shape tables{args.order, args.channels}, wide{3 * args.channels};
-    args.weight = table(context, at + 1, "conv_weight", {args.taps, 3 * args.channels});
-    args.bias = table(context, at + 2, "conv_bias", wide);
-    args.own = table(context, at + 3, "own", tables);
-    args.other = table(context, at + 4, "other", tables);
-    args.readout = table(context, at + 5, "readout", tables);
-    args.direct = table(context, at + 6, "direct", {args.channels});
-    args.index = static_cast<const int32_t*>(input(context, at + 7, "index", tables).data);
-    if (args.index) {
+    args.weight = table(context, kState + 1, "conv_weight", {args.taps, 3 * args.channels});
+    args.bias = table(context, kState + 2, "conv_bias", wide);
+    args.own = table(context, kState + 3, "own", tables);
+    args.other = table(context, kState + 4, "other", tables);
+    args.readout = table(context, kState + 5, "readout", tables);
+    args.direct = table(context, kState + 6, "direct", {args.channels});
+    args.index = static_cast<const int32_t*>(input(context, kState + 7, "index", tables).data);
+    if (index) {
       require(state.shape.size() >= 2 && state.shape[0] == args.batch, "recurrent_state is " + text(state.shape));
       args.states = 1;
       for (size_t axis = 1; axis < state.shape.size(); axis++) args.states *= state.shape[axis];
@@ -139,47 +143,30 @@ struct MixerForm {
     }
     args.signal = projected.type, args.recurrent = state.type;
     args.projected = projected.data, args.state = state.data;
-    return args;
-  }
-
-  // HyenaStep's tokens, behind its tables, and its outputs, mixed at `out`; at: as above
-  static void take_past(const Ort::KernelContext& context, size_t at, size_t out, MixerArgs& args) {
-    require(args.time == 1 && args.taps > 1 && args.taps <= kMostPast + 1 &&
-                context.GetInputCount() == at + 7 + static_cast<size_t>(args.taps),
-            "HyenaStep takes one token, and behind its tables the last of conv_weight's taps but one");
-    args.conv = args.signal;
-    for (int64_t n = 0; n + 1 < args.taps; n++)
-      args.past[n] = input(context, at + 8 + static_cast<size_t>(n), "a token of the past",
-                           {args.batch, 1, 3 * args.channels}).data;
-    args.mixed = context.GetOutput(out, {args.batch, args.time, args.channels}).GetTensorMutableRawData();
-    args.new_state = context.GetOutput(out + 1, Input(context.GetInput(at)).shape).GetTensorMutableRawData();
-  }
-
-  int64_t block, outer;
-};
-
-template <bool kApart>
-struct MixerKernel {
-  MixerKernel(const OrtKernelInfo* info, Device on) : device(on), form(Ort::ConstKernelInfo(info)) {}
-
-  void Compute(OrtKernelContext* given) {
-    Ort::KernelContext context(given);
-    constexpr size_t kState = kApart ? 1 : 2;
-    MixerArgs args = form.read(context, Input(context.GetInput(0)), kState);
-    if constexpr (kApart) {
-      form.take_past(context, kState, 0, args);
-    } else {
-      Input conv = input(context, 1, "conv_state", {args.batch, args.taps - 1, 3 * args.channels});
-      args.conv = conv.type, args.conv_state = conv.data;
-      args.mixed = context.GetOutput(0, {args.batch, args.time, args.channels}).GetTensorMutableRawData();
-      args.new_conv_state = context.GetOutput(1, conv.shape).GetTensorMutableRawData();
-      args.new_state = context.GetOutput(2, Input(context.GetInput(kState)).shape).GetTensorMutableRawData();
-    }
+    args.mixed = context.GetOutput(0, {args.batch, args.time, args.channels}).GetTensorMutableRawData();
+    args.new_state = context.GetOutput(kApart ? 1 : 2, state.shape).GetTensorMutableRawData();
+    take_past(context, args);
     if (args.batch == 0 || args.time == 0) {
       require(args.batch == 0, "HyenaMixer takes at least one token");
       return;
     }
     run(context, args);
+  }
+
+  void take_past(const Ort::KernelContext& context, MixerArgs& args) {
+    if constexpr (kApart) {
+      require(args.time == 1 && args.taps > 1 && args.taps <= kMostPast + 1 &&
+                  context.GetInputCount() == static_cast<size_t>(8 + args.taps),
+              "HyenaStep takes one token, and behind its tables the last of conv_weight's taps but one");
+      args.conv = args.signal;
+      for (int64_t n = 0; n + 1 < args.taps; n++)
+        args.past[n] = input(context, static_cast<size_t>(9 + n), "a token of the past",
+                             {args.batch, 1, 3 * args.channels}).data;
+    } else {
+      Input conv = input(context, 1, "conv_state", {args.batch, args.taps - 1, 3 * args.channels});
+      args.conv = conv.type, args.conv_state = conv.data;
+      args.new_conv_state = context.GetOutput(1, conv.shape).GetTensorMutableRawData();
+    }
   }
 
   void run(const Ort::KernelContext& context, const MixerArgs& args) {
@@ -194,13 +181,14 @@ struct MixerKernel {
   }
 
   Device device;
-  MixerForm form;
+  int64_t block, outer;
 };
 
 // ---- Linear ---------------------------------------------------------------------------------------------------------
 
-struct LinearForm {
-  explicit LinearForm(Ort::ConstKernelInfo info) {
+struct LinearKernel {
+  LinearKernel(const OrtKernelInfo* given, Device on) : device(on) {
+    Ort::ConstKernelInfo info(given);
     auto one_of = [](const char* what, const std::string& name, std::initializer_list<const char*> names) {
       int place = 0;
       for (const char* known : names) {
@@ -215,8 +203,8 @@ struct LinearForm {
     epsilon = info.GetAttribute<float>("epsilon");
   }
 
-  // All inputs, and the output, which is the first.
-  LinearArgs read(const Ort::KernelContext& context) const {
+  void Compute(OrtKernelContext* given) {
+    Ort::KernelContext context(given);
     Input x(context.GetInput(0)), weight(context.GetInput(1));
     require(!x.shape.empty(), "x of Linear is a scalar");
     LinearArgs args{};
@@ -239,25 +227,13 @@ struct LinearForm {
     args.norm_scale = table(context, 4, "norm_scale", {args.width});
     args.norm_bias = table(context, 5, "norm_bias", {args.width});
     require((norm == Norm::none) == (args.norm_scale == nullptr), "norm_scale and norm go together");
-    if (codes || weight.type == Type::e4m3)
+    if (context.GetInputCount() > 6) {
       args.weight_scale = input(context, 6, "weight_scale", codes ? blocks : Shape{args.out}).data;
+    }
     args.x = x.data, args.weight = weight.data;
     args.y = context.GetOutput(0, shape).GetTensorMutableRawData();
-    return args;
-  }
-
-  Norm norm;
-  Activation activation;
-  float epsilon;
-};
-
-struct LinearKernel {
-  LinearKernel(const OrtKernelInfo* info, Device on) : device(on), form(Ort::ConstKernelInfo(info)) {}
-
-  void Compute(OrtKernelContext* given) {
-    Ort::KernelContext context(given);
-    const LinearArgs args = form.read(context);
-    if (args.rows > 0) run(context, args);
+    if (args.rows == 0) return;
+    run(context, args);
   }
 
   void run(const Ort::KernelContext& context, const LinearArgs& args) {
@@ -274,36 +250,9 @@ struct LinearKernel {
   }
 
   Device device;
-  LinearForm form;
-};
-
-// ---- LinearHyenaStep: the inputs of Linear and of HyenaStep, whose first is what the other gives, and so the outputs ----
-
-struct LinearStepKernel {
-  LinearStepKernel(const OrtKernelInfo* info, Device on) : device(on), linear(info, on), mixer(info, on) {}
-
-  void Compute(OrtKernelContext* given) {
-    Ort::KernelContext context(given);
-    constexpr size_t kState = 6;
-    const LinearArgs args = linear.form.read(context);
-    Input projected(context.GetInput(0));
-    projected.shape.back() = args.out, projected.data = args.y;
-    MixerArgs then = mixer.form.read(context, projected, kState);
-    mixer.form.take_past(context, kState, 1, then);
-    if (args.rows == 0) return;
-#ifdef LHCOMPILE_CUDA
-    if (device == Device::cuda) {
-      Scratch scratch(context, linear_scratch(args), device);
-      return require_done(linear_step_cuda(args, then, scratch.data(), context.GetGPUComputeStream()));
-    }
-#endif
-    linear.run(context, args);
-    mixer.run(context, then);
-  }
-
-  Device device;
-  LinearKernel linear;
-  MixerKernel<true> mixer;
+  Norm norm;
+  Activation activation;
+  float epsilon;
 };
 
 // ---- Sample ---------------------------------------------------------------------------------------------------------
@@ -378,7 +327,6 @@ struct Registry {
   std::deque<Operator<MixerKernel<false>>> mixers;
   std::deque<Operator<MixerKernel<true>>> steps;
   std::deque<Operator<LinearKernel>> linears;
-  std::deque<Operator<LinearStepKernel>> linear_steps;
   std::deque<Operator<SampleKernel>> samples;
 
   Registry() {
@@ -389,7 +337,6 @@ struct Registry {
     for (auto& each : mixers) domain.Add(&each);
     for (auto& each : steps) domain.Add(&each);
     for (auto& each : linears) domain.Add(&each);
-    for (auto& each : linear_steps) domain.Add(&each);
     for (auto& each : samples) domain.Add(&each);
   }
 
@@ -401,14 +348,6 @@ struct Registry {
                          std::vector<Type>{signal});
     linears.emplace_back("LinearInt4", device, std::vector<Type>{signal, Type::u8, bias, signal, f, f, Type::f16},
                          0b1000011, std::vector<Type>{signal});
-  }
-
-  void add_linear_step(Device device, Type signal, Type bias, Type state) {
-    const Type f = Type::f32;
-    linear_steps.emplace_back(
-        "LinearHyenaStep", device,
-        std::vector<Type>{signal, signal, bias, signal, f, f, state, f, f, f, f, f, f, Type::i32, signal},
-        0b001101011000011, std::vector<Type>{signal, signal, state}, true);
   }
 
   void add(Device device) {
@@ -423,10 +362,6 @@ struct Registry {
                            0b0011010111, std::vector<Type>{signal, state}, true);
       add_linears(device, signal, signal);
       if (signal != f) add_linears(device, signal, f);
-      for (Type state : kSignals) {
-        add_linear_step(device, signal, signal, state);
-        if (signal != f) add_linear_step(device, signal, f, state);
-      }
       samples.emplace_back("Sample", device, std::vector<Type>{signal, f, f, Type::i64, f}, 0b11111,
                            std::vector<Type>{Type::i64});
     }
