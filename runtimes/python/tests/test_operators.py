@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from lhruntime import ArgumentError, FormatError, Session
-from lhruntime.manifest import read_manifest
+from lhruntime.manifest import PastSpec, read_manifest
 from toy_models import Toy, save
 
 
@@ -35,4 +35,30 @@ def test_a_decode_graph_is_optional(copy: Path) -> None:
     manifest["graphs"]["decode"] = {"file": "elsewhere.onnx"}
     path.write_text(json.dumps(manifest))
     with pytest.raises(FormatError, match=r"graphs\.decode\.file is 'elsewhere.onnx', which files does not list"):
+        read_manifest(copy)
+
+
+def test_a_past_in_tensors_of_its_own_is_of_a_state(copy: Path) -> None:
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    window, other = manifest["states"][0]["input"], "another"
+    assert manifest["states"][0]["shape"][:1] == ["batch"]
+    positions = manifest["states"][0]["shape"][1]
+    good = {"inputs": [f"{window}.past_{age}" for age in range(positions, 0, -1)], "output": "newest"}
+    manifest["graphs"]["past"] = {window: good}
+    path.write_text(json.dumps(manifest))
+    past = read_manifest(copy).graphs[manifest["target"]].past
+    assert past == {window: PastSpec(tuple(good["inputs"]), "newest")}
+    for name, entry in (
+        (other, good),
+        (window, good | {"inputs": good["inputs"][1:]}),
+        (window, good | {"inputs": list(range(positions))}),
+    ):
+        manifest["graphs"]["past"] = {name: entry}
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(FormatError, match=rf"graphs\.past\.{name}\.inputs is "):
+            read_manifest(copy)
+    manifest["graphs"]["past"] = {window: {"inputs": good["inputs"]}}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match=r"output is missing"):
         read_manifest(copy)
