@@ -48,6 +48,7 @@ _LinearArgs = _structure(
     (_int, "signal weight_type bias_type norm activation"),
     (ctypes.c_float, "epsilon"),
     (_address, "x weight bias residual weight_scale norm_scale norm_bias y"),
+    (_int, "bytes"),
 )
 _SampleArgs = _structure(
     "SampleArgs",

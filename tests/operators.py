@@ -263,7 +263,8 @@ class Linear:
     signal: Type = Type.FLOAT
     bias_type: Type | None = None
     name: Projection = "Linear"
-    blocks: bool = False  # whether the product of LinearInt4 is onnxruntime's
+    bytes: bool = False  # whether the signal of LinearInt4 is rounded to 8 bits
+    blocks: bool = False  # whether its product is onnxruntime's
     seed: int = 0
 
     def call(self) -> Call:
@@ -299,6 +300,7 @@ class Linear:
             one_token=self.one_token,
             signal=self.signal,
             bias_type=self.bias_type,
+            byte_signals=self.bytes,
             block_product=(self.out, self.width) if self.blocks else None,
         )
         return Call(function, inputs, fed=(0, 3))
@@ -316,6 +318,10 @@ class Linear:
         if self.name == "LinearInt4":
             codes = torch.stack([weight % 16, weight // 16], -1).flatten(2)
             weight = ((codes - 8) * rest[0][..., None]).flatten(1).to(TORCH[self.signal]).double()
+            if self.bytes:
+                blocks = x.unflatten(-1, (-1, 32))
+                unit = blocks.abs().amax(-1, keepdim=True) / 127
+                x = (torch.round(blocks / unit) * unit).flatten(-2)
         if self.name == "LinearFp8":
             codes, unit = _eight(x)
             x, weight = codes.double() * unit, weight * rest[0][:, None]

@@ -69,6 +69,7 @@ def _linear(node: ir.Node, target: str) -> ir.Function:
         signal=_type(node.inputs[0]),
         bias_type=_type(node.inputs[2]) if _there(node, 2) else None,
         name=node.op_type,  # type: ignore[arg-type]
+        byte_signals=target == "cpu" and node.op_type == "LinearInt4",
         block_product=_block_product(node) if target == "cpu" else None,
     )
 

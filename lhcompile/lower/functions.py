@@ -218,6 +218,7 @@ def linear_function(
     signal: Type = FLOAT,
     bias_type: Type | None = None,
     name: Projection = "Linear",
+    byte_signals: bool = False,
     block_product: tuple[int, int] | None = None,
 ) -> ir.Function:
     """Linear: a projection with its neighbours, y = residual + activation(norm(x) Wᵀ + bias).
@@ -238,8 +239,10 @@ def linear_function(
     16 bits; from there on it is Linear. weight is uint8 [N, K / 32, 16], two codes a byte, the even input in the lower
     half; weight_scale float16 [N, K / 32] is behind the other inputs. K is a multiple of 32.
 
-    block_product: (N, K) of a LinearInt4 of float32 whose product is com.microsoft MatMulNBits, which rounds x to 8
-    bits by a scale for 32 of them: a fallback that is fast on a CPU, and no specification.
+    byte_signals: of a LinearInt4 of float32. Its accuracy_level is 4 then, as that of MatMulNBits, and what enters the
+    product is rounded to 8 bits: norm(x) becomes round(norm(x) / a) a for a = max |norm(x)| / 127 of each block.
+    block_product: (N, K), with byte_signals: the product is com.microsoft MatMulNBits, a fallback that is fast on a CPU
+    and rounds nearly so, but no specification.
     """
     names = "x weight bias residual norm_scale norm_bias" + " weight_scale" * (name != "Linear")
     inputs = [ir.Value(name=each) for each in names.split()]
@@ -255,6 +258,8 @@ def linear_function(
     rows = x
     if not block_product:
         rows = body.op("Squeeze", x, body.ints(1)) if one_token else body.op("Flatten", x, axis=2)
+    if byte_signals and not block_product:
+        rows = _in_bytes(body, rows)
     if block_product:
         y = _product_blocks(body, x, weight, inputs[6], *block_product)
     elif fp8:
@@ -282,15 +287,20 @@ def linear_function(
         form += f"_{epsilon:g}"
     if block_product:
         form += "_blocks_{}x{}".format(*block_product)
-    return body.function(
-        name,
-        form + _flags(step=one_token),
-        inputs,
-        [body.back(y, signal)],
-        norm=norm,
-        activation=activation,
-        epsilon=epsilon,
-    )
+    form += _flags(bytes=byte_signals, step=one_token)
+    attributes: dict[str, int | float | str] = {"norm": norm, "activation": activation, "epsilon": epsilon}
+    if name == "LinearInt4":
+        attributes["accuracy_level"] = _BYTES if byte_signals else 0
+    return body.function(name, form, inputs, [body.back(y, signal)], **attributes)
+
+
+def _in_bytes(body: Body, rows: ir.Value) -> ir.Value:
+    """rows float32 [batch · time, K], rounded to 8 bits block by block"""
+    blocks = body.op("Reshape", rows, body.ints(0, -1, _BLOCK))
+    largest = body.op("ReduceMax", body.op("Abs", blocks), body.ints(-1), keepdims=1)
+    unit = body.op("Div", body.op("Max", largest, body.scalar(_SMALLEST, FLOAT)), body.scalar(127.0, FLOAT))
+    codes = body.op("Round", body.op("Div", blocks, unit))
+    return body.op("Reshape", body.op("Mul", codes, unit), body.ints(0, -1))
 
 
 def _product_fp8(body: Body, rows: ir.Value, weight: ir.Value, unit: ir.Value) -> ir.Value:

@@ -178,6 +178,39 @@ def test_linear_of_four_bits(
     assert_linear(library, replace(linear, time=1) if one_token else linear)
 
 
+BYTES = {
+    "no norm": Linear(width=128, out=70, bias=False),
+    "a part of a piece": Linear(width=160, out=33, residual=True),
+    "many rows": Linear(batch=9, time=4, width=96, out=40, activation="gelu"),
+} | {name: linear for name, linear in FOURS.items() if linear.norm != "none"}
+
+
+@pytest.mark.parametrize("name", BYTES)
+@pytest.mark.parametrize("one_token", [True, False])
+def test_linear_of_four_bits_and_signals_of_eight(library: Path, name: str, one_token: bool) -> None:
+    """Behind a norm a number may fall to either side of the middle between two codes."""
+    linear = replace(BYTES[name], one_token=one_token, name="LinearInt4", bytes=True)
+    linear = replace(linear, time=1) if one_token else linear
+    call, either = linear.call(), 0.0 if linear.norm == "none" else 2e-3
+    (given,), (wanted,), (function,) = run(call, library), linear.expected(), run(call)
+    assert error(given, wanted) <= BUDGET[FLOAT] + either
+    assert error(given, function) <= 2 * BUDGET[FLOAT] + either
+    (exact,) = run(replace(linear, bytes=False).call(), library)
+    assert 1e-3 < error(given, exact) < 2e-2
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_a_signal_of_eight_bits_that_is_not_finite(library: Path, number: float) -> None:
+    """Its row is NaN, and no other."""
+    call = Linear(width=96, out=5, bias=False, name="LinearInt4", bytes=True).call()
+    x = call.inputs[0]
+    assert x is not None
+    x[1, 2, 40] = number
+    for y in (run(call, library)[0], run(call)[0]):
+        assert y[1, 2].isnan().all()
+        assert torch.isfinite(y[0]).all() & torch.isfinite(y[1, :2]).all()
+
+
 @pytest.mark.parametrize("sample", [Sample(), Sample(step=0.5), Sample(vocab=5000, step=0.25), Sample(vocab=1)])
 @pytest.mark.parametrize("signal", [FLOAT, HALF, BRAIN])
 def test_sample(library: Path, sample: Sample, signal: ir.DataType) -> None:
@@ -195,6 +228,7 @@ def test_rows_do_not_depend_on_their_neighbours(library: Path) -> None:
         (Linear(batch=5, width=96, norm="layer", residual=True, name="LinearInt4").call(), (0, 3)),
         (Linear(batch=25, width=96, time=1, out=67, activation="gelu_tanh").call(), (0, 3)),
         (Linear(batch=25, width=160, time=1, out=67, name="LinearInt4").call(), (0, 3)),
+        (Linear(batch=25, width=160, time=1, out=67, name="LinearInt4", bytes=True).call(), (0, 3)),
         (Sample(batch=5, step=0.5).call(), (0, 1, 2, 3, 4)),
     ]
     for call, rowwise in cases:
@@ -212,6 +246,7 @@ def test_threads_change_nothing(library: Path) -> None:
         Mixer(batch=6, time=4, channels=320, block=320, packed=True).call(),
         Linear(batch=3, width=128, out=700, norm="rms").call(),
         Linear(batch=3, width=128, out=700, norm="rms", name="LinearInt4").call(),
+        Linear(batch=3, width=128, out=700, norm="rms", name="LinearInt4", bytes=True).call(),
         Sample().call(),
     ):
         for one, two in zip(run(call, library, threads=1), run(call, library, threads=2), strict=True):
@@ -279,7 +314,7 @@ def test_wrong_shapes_are_refused(library: Path) -> None:
     call = Mixer().call()
     state = torch.zeros(2, 5, 24)
     text = message(replace(call, inputs=(*call.inputs[:2], state, *call.inputs[3:])), library)
-    assert "recurrent_state is [2, 5, 24], expected [batch, order, channels]" in text
+    assert "recurrent_state is [2, 5, 24], expected [2, 4, 24]" in text
     call = Linear().call()
     text = message(replace(call, inputs=(torch.zeros(2, 3, 41), *call.inputs[1:])), library)
     assert "weight is [24, 40] for x of width 41" in text

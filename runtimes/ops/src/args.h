@@ -59,6 +59,7 @@ struct LinearArgs {
   const void *x, *weight, *bias, *residual, *weight_scale;  // bias, residual may be null
   const float *norm_scale, *norm_bias;                      // norm_bias may be null
   void* y;
+  int32_t bytes;  // x of float32 is rounded to 8 bits beside weights of 4; on processors
 };
 
 struct SampleArgs {

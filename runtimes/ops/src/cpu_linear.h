@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu_activation.h"
+#include "cpu_bytes.h"
 
 namespace lhcompile::LEVEL {
 
@@ -64,6 +65,16 @@ inline void normalize(const LinearArgs& a, float* x) {
   }
 }
 
+// Codes of 8 bits in the place of x, or what they mean; behind the last input there are zeros.
+inline void in_bytes(const LinearArgs& a, float* x) {
+  std::fill(x + a.width, x + row_of(a), 0.0f);
+#if defined(__AVX512VNNI__)
+  for (float* piece = x; piece < x + row_of(a); piece += kPiece) pack_piece(piece);
+#else
+  for (float* block = x; block < x + a.width; block += kBlock) round_to_bytes(block);
+#endif
+}
+
 // Input 8 · i + n of a piece goes to place n · kWidth + i; behind the last one there are zeros.
 inline void in_order_of_codes(const LinearArgs& a, float* x) {
   std::fill(x + a.width, x + row_of(a), 0.0f);
@@ -91,7 +102,9 @@ void prepare(const LinearArgs& a, float* to, int64_t row) {
   } else if (a.norm != Norm::none) {
     rounded<T>(x, a.width);
   }
-  if (a.weight_type == Type::u8) in_order_of_codes(a, x);
+  if (a.weight_type != Type::u8) return;
+  if (a.bytes) in_bytes(a, x);
+  if (!a.bytes || !kByteProducts) in_order_of_codes(a, x);
 }
 
 inline void linear_prepare(const LinearArgs& a, void* scratch, int64_t first, int64_t last) {
@@ -186,10 +199,41 @@ void product_int4(const LinearArgs& a, const float* x, int64_t row, int64_t out,
     for (int n = 0; n < N; n++) totals[r][out % kChunk + n] = sum(sums[r][n]);
 }
 
+#if defined(__AVX512VNNI__)
+// The same where x is in codes of 8 bits.
+template <int R, int N>
+void product_bytes(const LinearArgs& a, const float* x, int64_t row, int64_t out, Totals* totals) {
+  const int64_t blocks = a.width / kBlock, wide = row_of(a);
+  const uint8_t* bytes = static_cast<const uint8_t*>(a.weight) + out * a.width / 2;
+  const Half* scales = static_cast<const Half*>(a.weight_scale) + out * blocks;
+  x += row * wide;
+  Floats sums[R][N] = {};
+  for (int64_t k = 0; k < a.width; k += kPiece) {
+    const int64_t count = std::min(kPiece, a.width - k) / kBlock;
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+      __builtin_prefetch(bytes + (n * a.width + k) / 2 + kAhead);
+      const Words codes = load_codes(bytes + (n * a.width + k) / 2, count);
+      const Floats scale = load_scales(scales + n * blocks + k / kBlock, count);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+        sums[r][n] += multiply(codes, *reinterpret_cast<const BytePiece*>(x + r * wide + k)) * scale;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) totals[r][out % kChunk + n] = sum(sums[r][n]);
+}
+#endif
+
 // W: of the weight's elements, or Eight and Four, whose rows of x have units or an order of their own.
 template <typename W, typename T, int R, int N>
 void product_of(const LinearArgs& a, const float* x, int64_t row, int64_t out, Totals* totals) {
   if constexpr (std::is_same_v<W, Four>) {
+#if defined(__AVX512VNNI__)
+    if (a.bytes) return product_bytes<R, N>(a, x, row, out, totals);
+#endif
     product_int4<T, R, N>(a, x, row, out, totals);
   } else {
     product<W, R, N>(a, static_cast<const W*>(a.weight) + out * a.width, x, row, out, totals);

@@ -1,18 +1,10 @@
 // The operators as onnxruntime knows them: which types there are, what shapes come out, which kernel is called.
-
-#define ORT_API_MANUAL_INIT
-#include <onnxruntime_cxx_api.h>
-#undef ORT_API_MANUAL_INIT
-
 #include <deque>
 #include <memory>
 #include <mutex>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
-#include "args.h"
 #include "cpu.h"
+#include "node.h"
 #ifdef LHCOMPILE_CUDA
 #include "cuda.h"
 #endif
@@ -22,130 +14,43 @@ namespace {
 
 constexpr uint32_t kApi = 21;  // the oldest onnxruntime that serves this library is 1.21
 
-enum class Device { cpu, cuda };
-
-using Shape = std::vector<int64_t>;
-
-void require(bool met, const std::string& otherwise) {
-  if (!met) throw Ort::Exception("lhcompile: " + otherwise, ORT_INVALID_ARGUMENT);
-}
-
-std::string text(const Shape& shape) {
-  std::string all = "[";
-  for (size_t i = 0; i < shape.size(); i++) all += (i ? ", " : "") + std::to_string(shape[i]);
-  return all + "]";
-}
-
-struct Input {
-  Input() = default;
-  explicit Input(const Ort::ConstValue& value) {
-    if (value == nullptr) return;
-    auto info = value.GetTensorTypeAndShapeInfo();
-    shape = info.GetShape();
-    type = static_cast<Type>(info.GetElementType());
-    data = value.GetTensorRawData();
-  }
-  explicit operator bool() const { return data != nullptr; }
-  Shape shape;
-  Type type = Type::none;
-  const void* data = nullptr;
-};
-
-Input input(const Ort::KernelContext& context, size_t place, const char* name, const Shape& shape) {
-  Input given(context.GetInput(place));
-  if (given)
-    require(given.shape == shape, std::string(name) + " is " + text(given.shape) + ", expected " + text(shape));
-  return given;
-}
-
-const float* table(const Ort::KernelContext& context, size_t place, const char* name, const Shape& shape) {
-  return static_cast<const float*>(input(context, place, name, shape).data);
-}
-
-// Device memory for one call, from the session's own allocator.
-class Scratch {
- public:
-  Scratch(const Ort::KernelContext& context, size_t bytes, Device device) {
-    if (bytes == 0) return;
-    int id = 0;
-    const char* name = "Cpu";
-    if (device == Device::cuda) {
-      auto place = context.GetInput(0).GetTensorMemoryInfo();
-      id = place.GetDeviceId();
-      name = "Cuda";
-    }
-    Ort::MemoryInfo memory(name, OrtDeviceAllocator, id, OrtMemTypeDefault);
-    allocator_ = context.GetAllocator(*static_cast<const OrtMemoryInfo*>(memory));
-    Ort::ThrowOnError(Ort::GetApi().AllocatorAlloc(allocator_, bytes, &data_));
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() {
-    if (data_) Ort::Status(Ort::GetApi().AllocatorFree(allocator_, data_));
-  }
-  void* data() const { return data_; }
-
- private:
-  OrtAllocator* allocator_ = nullptr;
-  void* data_ = nullptr;
-};
-
-template <typename F>
-void parallel(const Ort::KernelContext& context, int64_t items, const F& work) {
-  if (items == 1) return work(0);
-  auto call = [](void* given, size_t item) { (*static_cast<const F*>(given))(static_cast<int64_t>(item)); };
-  context.ParallelFor(call, static_cast<size_t>(items), 0, const_cast<F*>(&work));
-}
-
-[[maybe_unused]] void require_done(const char* problem) {
-  if (problem) throw Ort::Exception(std::string("lhcompile: ") + problem, ORT_FAIL);
-}
-
 // ---- HyenaMixer, and HyenaStep, whose past is one tensor a token ------------------------------------------------------
 
 template <bool kApart>
 struct MixerKernel {
-  MixerKernel(const OrtKernelInfo* given, Device on) : device(on) {
+  MixerKernel(const OrtKernelInfo* given, Device on) : device(on), constants(given) {
     Ort::ConstKernelInfo info(given);
     block = info.GetAttribute<int64_t>("block");
     outer = info.GetAttribute<int64_t>("outer");
     require(block > 0 && outer >= 0 && outer < 3,
-            "HyenaMixer has block " + std::to_string(block) + " and outer " + std::to_string(outer));
+            [&] { return "HyenaMixer has block " + std::to_string(block) + " and outer " + std::to_string(outer); });
   }
 
   void Compute(OrtKernelContext* given) {
     Ort::KernelContext context(given);
+    const Inputs inputs(context, constants);
     constexpr size_t kState = kApart ? 1 : 2;  // the place of recurrent_state; the tables follow it
-    Input projected(context.GetInput(0)), state(context.GetInput(kState)), weight(context.GetInput(kState + 1));
-    Input own(context.GetInput(kState + 3)), index(context.GetInput(kState + 7));
-    require(projected.shape.size() == 3 && projected.shape[2] % 3 == 0 && projected.shape[2] / 3 % block == 0,
-            "projected is " + text(projected.shape) + ", expected three parts in blocks of " + std::to_string(block));
-    require(weight.shape.size() == 2 && own.shape.size() == 2, "conv_weight and own have two axes");
+    const Input projected = inputs[0], state = inputs[kState];
+    require(projected.shape.size() == 3 && projected.shape[2] % 3 == 0 && projected.shape[2] / 3 % block == 0, [&] {
+      return "projected is " + text(projected.shape) + ", expected three parts in blocks of " + std::to_string(block);
+    });
     MixerArgs args{};
     args.batch = projected.shape[0], args.time = projected.shape[1], args.channels = projected.shape[2] / 3;
-    args.taps = weight.shape[0], args.order = own.shape[0];
     args.block = block, args.outer = outer;
-    const Shape tables{args.order, args.channels}, wide{3 * args.channels};
-    args.weight = table(context, kState + 1, "conv_weight", {args.taps, 3 * args.channels});
-    args.bias = table(context, kState + 2, "conv_bias", wide);
-    args.own = table(context, kState + 3, "own", tables);
-    args.other = table(context, kState + 4, "other", tables);
-    args.readout = table(context, kState + 5, "readout", tables);
-    args.direct = table(context, kState + 6, "direct", {args.channels});
-    args.index = static_cast<const int32_t*>(input(context, kState + 7, "index", tables).data);
-    if (index) {
-      require(state.shape.size() >= 2 && state.shape[0] == args.batch, "recurrent_state is " + text(state.shape));
+    read_tables(inputs, kState + 1, args);
+    if (args.index) {
+      require(state.shape.size() >= 2 && state.shape[0] == args.batch,
+              [&] { return "recurrent_state is " + text(state.shape); });
       args.states = 1;
       for (size_t axis = 1; axis < state.shape.size(); axis++) args.states *= state.shape[axis];
     } else {
-      require(state.shape == Shape{args.batch, args.order, args.channels},
-              "recurrent_state is " + text(state.shape) + ", expected [batch, order, channels]");
+      inputs.shaped(kState, "recurrent_state", {args.batch, args.order, args.channels});
     }
     args.signal = projected.type, args.recurrent = state.type;
     args.projected = projected.data, args.state = state.data;
     args.mixed = context.GetOutput(0, {args.batch, args.time, args.channels}).GetTensorMutableRawData();
     args.new_state = context.GetOutput(kApart ? 1 : 2, state.shape).GetTensorMutableRawData();
-    take_past(context, args);
+    take_past(context, inputs, args);
     if (args.batch == 0 || args.time == 0) {
       require(args.batch == 0, "HyenaMixer takes at least one token");
       return;
@@ -153,17 +58,30 @@ struct MixerKernel {
     run(context, args);
   }
 
-  void take_past(const Ort::KernelContext& context, MixerArgs& args) {
+  void read_tables(const Inputs& inputs, size_t at, MixerArgs& args) {
+    const Input weight = inputs[at], own = inputs[at + 2];
+    require(weight.shape.size() == 2 && own.shape.size() == 2, "conv_weight and own have two axes");
+    args.taps = weight.shape[0], args.order = own.shape[0];
+    args.weight = inputs.table(at, "conv_weight", {args.taps, 3 * args.channels});
+    args.bias = inputs.table(at + 1, "conv_bias", {3 * args.channels});
+    args.own = inputs.table(at + 2, "own", {args.order, args.channels});
+    args.other = inputs.table(at + 3, "other", {args.order, args.channels});
+    args.readout = inputs.table(at + 4, "readout", {args.order, args.channels});
+    args.direct = inputs.table(at + 5, "direct", {args.channels});
+    args.index = static_cast<const int32_t*>(inputs.data(at + 6, "index", {args.order, args.channels}));
+  }
+
+  void take_past(const Ort::KernelContext& context, const Inputs& inputs, MixerArgs& args) {
     if constexpr (kApart) {
       require(args.time == 1 && args.taps > 1 && args.taps <= kMostPast + 1 &&
-                  context.GetInputCount() == static_cast<size_t>(8 + args.taps),
+                  inputs.count() == static_cast<size_t>(8 + args.taps),
               "HyenaStep takes one token, and behind its tables the last of conv_weight's taps but one");
       args.conv = args.signal;
       for (int64_t n = 0; n + 1 < args.taps; n++)
-        args.past[n] = input(context, static_cast<size_t>(9 + n), "a token of the past",
-                             {args.batch, 1, 3 * args.channels}).data;
+        args.past[n] =
+            inputs.data(static_cast<size_t>(9 + n), "a token of the past", {args.batch, 1, 3 * args.channels});
     } else {
-      Input conv = input(context, 1, "conv_state", {args.batch, args.taps - 1, 3 * args.channels});
+      const Input conv = inputs.shaped(1, "conv_state", {args.batch, args.taps - 1, 3 * args.channels});
       args.conv = conv.type, args.conv_state = conv.data;
       args.new_conv_state = context.GetOutput(1, conv.shape).GetTensorMutableRawData();
     }
@@ -181,13 +99,16 @@ struct MixerKernel {
   }
 
   Device device;
+  Constants constants;
   int64_t block, outer;
 };
 
 // ---- Linear ---------------------------------------------------------------------------------------------------------
 
+constexpr int64_t kBytes = 4;  // the accuracy_level of LinearInt4, as of MatMulNBits, that rounds x to 8 bits
+
 struct LinearKernel {
-  LinearKernel(const OrtKernelInfo* given, Device on) : device(on) {
+  LinearKernel(const OrtKernelInfo* given, Device on) : device(on), constants(given) {
     Ort::ConstKernelInfo info(given);
     auto one_of = [](const char* what, const std::string& name, std::initializer_list<const char*> names) {
       int place = 0;
@@ -201,11 +122,16 @@ struct LinearKernel {
     activation = static_cast<Activation>(
         one_of("activation", info.GetAttribute<std::string>("activation"), {"none", "gelu", "gelu_tanh"}));
     epsilon = info.GetAttribute<float>("epsilon");
+    try {
+      accuracy = info.GetAttribute<int64_t>("accuracy_level");
+    } catch (const Ort::Exception&) {  // of LinearInt4 alone
+    }
   }
 
   void Compute(OrtKernelContext* given) {
     Ort::KernelContext context(given);
-    Input x(context.GetInput(0)), weight(context.GetInput(1));
+    const Inputs inputs(context, constants);
+    const Input x = inputs[0], weight = inputs[1];
     require(!x.shape.empty(), "x of Linear is a scalar");
     LinearArgs args{};
     args.width = x.shape.back();
@@ -214,23 +140,25 @@ struct LinearKernel {
     args.signal = x.type, args.weight_type = weight.type;
     args.out = weight.shape.empty() ? 0 : weight.shape[0];
     const bool codes = weight.type == Type::u8;
-    const Shape blocks{args.out, args.width / kBlock};
-    const Shape stored = codes ? Shape{blocks[0], blocks[1], kBlock / 2} : Shape{args.out, args.width};
-    require(weight.shape == stored && (!codes || args.width % kBlock == 0),
-            "weight is " + text(weight.shape) + " for x of width " + std::to_string(args.width));
+    const int64_t blocks = args.width / kBlock;
+    require(weight.shape == (codes ? Shape{args.out, blocks, kBlock / 2} : Shape{args.out, args.width}) &&
+                (!codes || args.width % kBlock == 0),
+            [&] { return "weight is " + text(weight.shape) + " for x of width " + std::to_string(args.width); });
     Shape shape = x.shape;
     shape.back() = args.out;
-    Input bias = input(context, 2, "bias", {args.out});
+    const Input bias = inputs.shaped(2, "bias", {args.out}), residual = inputs[3];
     args.bias = bias.data, args.bias_type = bias.type;
-    args.residual = input(context, 3, "residual", shape).data;
+    require(!residual || residual.shape == shape,
+            [&] { return "residual is " + text(residual.shape) + ", expected " + text(shape); });
+    args.residual = residual.data;
     args.norm = norm, args.activation = activation, args.epsilon = epsilon;
-    args.norm_scale = table(context, 4, "norm_scale", {args.width});
-    args.norm_bias = table(context, 5, "norm_bias", {args.width});
+    args.norm_scale = inputs.table(4, "norm_scale", {args.width});
+    args.norm_bias = inputs.table(5, "norm_bias", {args.width});
     require((norm == Norm::none) == (args.norm_scale == nullptr), "norm_scale and norm go together");
-    if (context.GetInputCount() > 6) {
-      args.weight_scale = input(context, 6, "weight_scale", codes ? blocks : Shape{args.out}).data;
-    }
+    if (codes) args.weight_scale = inputs.data(6, "weight_scale", {args.out, blocks});
+    if (weight.type == Type::e4m3) args.weight_scale = inputs.data(6, "weight_scale", {args.out});
     args.x = x.data, args.weight = weight.data;
+    args.bytes = accuracy == kBytes && codes && x.type == Type::f32;
     args.y = context.GetOutput(0, shape).GetTensorMutableRawData();
     if (args.rows == 0) return;
     run(context, args);
@@ -250,28 +178,31 @@ struct LinearKernel {
   }
 
   Device device;
+  Constants constants;
   Norm norm;
   Activation activation;
   float epsilon;
+  int64_t accuracy = 0;
 };
 
 // ---- Sample ---------------------------------------------------------------------------------------------------------
 
 struct SampleKernel {
-  SampleKernel(const OrtKernelInfo*, Device on) : device(on) {}
+  SampleKernel(const OrtKernelInfo* given, Device on) : device(on), constants(given) {}
 
   void Compute(OrtKernelContext* given) {
     Ort::KernelContext context(given);
-    Input logits(context.GetInput(0));
+    const Inputs inputs(context, constants);
+    const Input logits = inputs[0];
     require(logits.shape.size() == 3 && logits.shape[1] == 1 && logits.shape[2] > 0,
-            "logits are " + text(logits.shape) + ", expected [batch, 1, vocabulary]");
+            [&] { return "logits are " + text(logits.shape) + ", expected [batch, 1, vocabulary]"; });
     SampleArgs args{};
     args.batch = logits.shape[0], args.vocab = logits.shape[2];
     args.signal = logits.type, args.logits = logits.data;
-    args.uniform = table(context, 1, "uniform", {args.batch});
-    args.temperature = table(context, 2, "temperature", {args.batch});
-    args.top_k = static_cast<const int64_t*>(input(context, 3, "top_k", {args.batch}).data);
-    args.top_p = table(context, 4, "top_p", {args.batch});
+    args.uniform = inputs.table(1, "uniform", {args.batch});
+    args.temperature = inputs.table(2, "temperature", {args.batch});
+    args.top_k = static_cast<const int64_t*>(inputs.data(3, "top_k", {args.batch}));
+    args.top_p = inputs.table(4, "top_p", {args.batch});
     args.tokens = static_cast<int64_t*>(context.GetOutput(0, {args.batch, 1}).GetTensorMutableRawData());
     if (args.batch == 0) return;
 #ifdef LHCOMPILE_CUDA
@@ -282,6 +213,7 @@ struct SampleKernel {
   }
 
   Device device;
+  Constants constants;
 };
 
 // ---- registration ---------------------------------------------------------------------------------------------------
