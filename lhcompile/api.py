@@ -193,7 +193,7 @@ def verify_directory(
         pair = graphs[target]
         if pair.decode is not None:
             files = path / pair.step.file, path / pair.decode.file
-            check_decode(*files, pair.past or {}, each, few[: pair.batch], _tolerance(manifest, target))
+            check_decode(*files, pair.apart, each, few[: pair.batch], _tolerance(manifest, target))
         each.close()
     if source is None:
         return Verification(len(manifest.files), cuts)

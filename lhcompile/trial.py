@@ -208,7 +208,7 @@ class _Trial:
         if graphs.decode is not None:
             step, decode = (self.place / contents.name / graph.file for graph in (graphs.step, graphs.decode))
             tokens = self.compiled.expected.tokens[:rows]
-            check_decode(step, decode, graphs.past or {}, plain, tokens, self._tolerance)
+            check_decode(step, decode, graphs.apart, plain, tokens, self._tolerance)
 
     def _model(self, contents: Contents, shared: bool = True) -> verify.SessionModel:
         return verify.SessionModel(self._load(contents, shared), self.compiled.targets[self.target])

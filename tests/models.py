@@ -41,6 +41,7 @@ __all__ = [
     "random_modal",
     "tiny",
     "with_modal",
+    "with_taps",
 ]
 
 ATTENTION = "lhc.attention.default"
@@ -145,6 +146,17 @@ class Hyena(Mixer):
         gate, key, value = z.split(WIDTH, dim=1)
         u = key * value
         return (gate * (convolve(u, self.taps) + u * self.direct[:, None])).transpose(1, 2)
+
+
+def with_taps(count: int) -> type[Hyena]:
+    """A Hyena whose short convolution has so many."""
+
+    class OfTaps(Hyena):
+        def __init__(self) -> None:
+            super().__init__()
+            self.short = nn.Conv1d(3 * WIDTH, 3 * WIDTH, count, groups=3 * WIDTH, padding=count - 1)
+
+    return OfTaps
 
 
 class HeadsInnermost(Mixer):

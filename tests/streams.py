@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lhcompile.artifacts import Lowered, Program, State
 from lhcompile.package import package
-from lhcompile.package.manifest import Graph, Graphs, Inputs, Manifest, ModelInfo, Outputs
+from lhcompile.package.manifest import Graph, Graphs, Inputs, Manifest, ModelInfo, Outputs, Past
 from lhcompile.package.manifest import State as StateEntry
 from lhcompile.streamify import streamify
 
@@ -97,7 +97,12 @@ def write_directory(program: Program, lowered: Lowered, destination: Path) -> Pa
         lhcompile_version="0",
         target="portable",
         model=ModelInfo(family="module", vocab_size=program.vocabulary, context_length=program.context, parameters=0),
-        graphs=Graphs(step=Graph(file="step.onnx"), prefill=Graph(file="prefill.onnx")),
+        graphs=Graphs(
+            step=Graph(file="step.onnx"),
+            prefill=Graph(file="prefill.onnx"),
+            decode=Graph(file="decode.onnx") if lowered.decode is not None else None,
+            past={name: Past(inputs=each.inputs, output=each.output) for name, each in lowered.past.items()} or None,
+        ),
         inputs=Inputs(tokens="input_ids"),
         outputs=Outputs(logits="logits"),
         states=[
@@ -113,7 +118,8 @@ def write_directory(program: Program, lowered: Lowered, destination: Path) -> Pa
             for state in program.states
         ],
     )
-    files = {"step.onnx": serialized(lowered.step), "prefill.onnx": serialized(lowered.prefill)}
+    graphs = {"step": lowered.step, "prefill": lowered.prefill, "decode": lowered.decode}
+    files = {f"{name}.onnx": serialized(graph) for name, graph in graphs.items() if graph is not None}
     return package(destination, files, manifest, force=False)
 
 

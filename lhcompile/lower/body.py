@@ -48,9 +48,15 @@ class Body:
 
     def kept(self, value: ir.Value, wanted: Type) -> ir.Value:
         """A state from float32, no larger than fits."""
-        if wanted == Type.FLOAT16:
-            value = self.op("Clip", value, *(self.scalar(x, FLOAT) for x in (-LARGEST_HALF, LARGEST_HALF)))
-        return self.back(value, wanted)
+        return self.back(self._clipped(value) if wanted == Type.FLOAT16 else value, wanted)
+
+    def stopped(self, value: ir.Value, given: Type) -> ir.Value:
+        """To float32, no larger than a state of its type."""
+        value = self.cast(value, given)
+        return self._clipped(value) if given == Type.FLOAT16 else value
+
+    def _clipped(self, value: ir.Value) -> ir.Value:
+        return self.op("Clip", value, *(self.scalar(x, FLOAT) for x in (-LARGEST_HALF, LARGEST_HALF)))
 
     def ints(self, *values: int) -> ir.Value:
         return self._constant(ir.tensor(values, Type.INT64))

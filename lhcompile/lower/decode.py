@@ -83,10 +83,10 @@ def _take_apart(graph: ir.Graph, mixer: ir.Node, before: ir.Value) -> Past:
     mixed, after, state = mixer.outputs
     assert projected is not None
     assert before.shape is not None
-    batch, past, channels = before.shape
-    assert isinstance(past, int)
+    batch, count, channels = before.shape
+    assert isinstance(count, int)
     shape = ir.Shape([batch, 1, channels])
-    tokens = [ir.Value(name=f"{before.name}.past_{age}", shape=shape, type=before.type) for age in range(past, 0, -1)]
+    tokens = [ir.Value(name=f"{before.name}.past_{age}", shape=shape, type=before.type) for age in range(count, 0, -1)]
     rest += [None] * (8 - len(rest))
     step = ir.node("HyenaStep", [projected, *rest, *tokens], mixer.attributes, domain=DOMAIN, num_outputs=2)
     graph.outputs[graph.outputs.index(after)] = projected

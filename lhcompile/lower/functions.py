@@ -88,10 +88,13 @@ def mixer_function(
     apart: HyenaStep, which takes one token and has the past in tensors of its own: no conv_state, but behind the other
     inputs the last taps − 1 tokens of `projected`, [batch, 1, 3D] each, the oldest first, and no state of theirs among
     the outputs. Whoever calls it keeps `projected` for the next call, and nothing is copied.
-    Raises ValueError where the parts are not three.
+    What of a float16 token is beyond its largest number counts as that, as in conv_state.
+    Raises ValueError where the parts are not three, or no token is apart.
     """
     if outer not in (0, 1, 2):
         raise ValueError(f"outer is {outer}, expected one of the three parts: 0, 1 or 2")
+    if apart and taps < 2:
+        raise ValueError(f"taps is {taps}: there is no past to have apart")
     names = "projected conv_state recurrent_state conv_weight conv_bias own other readout direct index"
     inputs = [ir.Value(name=name) for name in names.split()]
     projected, before, state, weight, offset, own, other, readout, direct, index = inputs
@@ -101,9 +104,8 @@ def mixer_function(
         inputs = [each for each in inputs if each is not before] + past
     body = Body()
 
-    window = body.op(
-        "Concat", *(body.cast(each, conv_state) for each in past), body.cast(projected, signal), axis=1
-    )
+    heard = [body.stopped(each, conv_state) if apart else body.cast(each, conv_state) for each in past]
+    window = body.op("Concat", *heard, body.cast(projected, signal), axis=1)
     after = body.op("Slice", window, body.ints(1 - taps), body.ints(_END), body.ints(1)) if not apart else None
     if taps == 1:
         after = body.op("Identity", before)
@@ -249,36 +251,21 @@ def linear_function(
     x, weight, offset, carried, scale, shift = inputs[:6]
     fp8 = name == "LinearFp8"
     body = Body()
-    if name == "LinearInt4" and not block_product:
-        weight = _weight_int4(body, weight, inputs[6], signal)
     x = body.cast(x, signal) if fp8 or norm != "none" else x
     if norm != "none":
         x = _normed(body, x, scale, shift if norm_bias else None, norm, epsilon)
         x = x if fp8 else body.back(x, signal)
-    rows = x
-    if not block_product:
-        rows = body.op("Squeeze", x, body.ints(1)) if one_token else body.op("Flatten", x, axis=2)
-    if byte_signals and not block_product:
-        rows = _in_bytes(body, rows)
     if block_product:
         y = _product_blocks(body, x, weight, inputs[6], *block_product)
-    elif fp8:
-        y = _product_fp8(body, rows, weight, inputs[6])
-    elif signal == Type.BFLOAT16:  # processors have no product of these
-        y = body.op("Gemm", body.cast(rows, signal), body.cast(weight, signal), transB=1)
     else:
-        y = body.cast(body.op("Gemm", rows, weight, transB=1), signal)
+        rows = body.op("Squeeze", x, body.ints(1)) if one_token else body.op("Flatten", x, axis=2)
+        rows = _in_bytes(body, rows) if byte_signals else rows
+        y = _product(body, rows, weight, inputs[6] if name != "Linear" else None, name, signal)
     if bias:
         y = body.op("Add", y, body.cast(offset, bias_type or signal))
     if activation != "none":
         y = body.op("Gelu", y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    if block_product:
-        pass
-    elif one_token:
-        y = body.op("Unsqueeze", y, body.ints(1))
-    else:
-        size = body.op("Concat", body.op("Shape", inputs[0], start=0, end=2), body.ints(-1), axis=0)
-        y = body.op("Reshape", y, size)
+    y = y if block_product else _in_time(body, y, inputs[0], one_token)
     if residual:
         y = body.op("Add", y, body.cast(carried, signal))
     form = f"{norm}_{activation}" + _flags(bias=bias, residual=residual, shift=norm_bias)
@@ -292,6 +279,26 @@ def linear_function(
     if name == "LinearInt4":
         attributes["accuracy_level"] = _BYTES if byte_signals else 0
     return body.function(name, form, inputs, [body.back(y, signal)], **attributes)
+
+
+def _in_time(body: Body, y: ir.Value, like: ir.Value, one_token: bool) -> ir.Value:
+    """[batch · time, N] → [batch, time, N], with the batch and time of `like`"""
+    if one_token:
+        return body.op("Unsqueeze", y, body.ints(1))
+    return body.op("Reshape", y, body.op("Concat", body.op("Shape", like, start=0, end=2), body.ints(-1), axis=0))
+
+
+def _product(
+    body: Body, rows: ir.Value, weight: ir.Value, unit: ir.Value | None, name: Projection, signal: Type
+) -> ir.Value:
+    """rows [batch · time, K] and the weight as the operator has it, with its scale → float32 [batch · time, N]"""
+    if unit is not None and name == "LinearFp8":
+        return _product_fp8(body, rows, weight, unit)
+    if unit is not None:
+        weight = _weight_int4(body, weight, unit, signal)
+    if signal == Type.BFLOAT16:  # processors have no product of these
+        return body.op("Gemm", body.cast(rows, signal), body.cast(weight, signal), transB=1)
+    return body.cast(body.op("Gemm", rows, weight, transB=1), signal)
 
 
 def _in_bytes(body: Body, rows: ir.Value) -> ir.Value:

@@ -132,6 +132,11 @@ class Graphs(_Part):
     past: dict[Name, Past] | None = None
     batch: Positive | None = None
 
+    @property
+    def apart(self) -> dict[Name, list[Name]]:
+        """The inputs of each state in `past`."""
+        return {name: each.inputs for name, each in (self.past or {}).items()}
+
 
 class Inputs(_Part):
     """The data input's name: `tokens` int64 [batch, seq] or `features` float32 [batch, seq, channels]."""

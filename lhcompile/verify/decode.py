@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -19,19 +19,13 @@ __all__ = ["check_decode"]
 
 Array = NDArray[Any]
 CALLS = 6
-
-
-class Past(Protocol):
-    """A state in tensors of its own, one for each position: names of its inputs, the oldest first."""
-
-    @property
-    def inputs(self) -> list[str]: ...
+"""At least; so many more as a past has tokens."""
 
 
 def check_decode(
     step: Path,
     decode: Path,
-    past: Mapping[str, Past],
+    past: Mapping[str, Sequence[str]],
     plain: SessionModel,
     tokens: torch.Tensor,
     tolerance: Tolerance,
@@ -42,9 +36,9 @@ def check_decode(
     logits the lowest id is chosen.
 
     step, decode: files of one target; plain: the model of that target, whose memory is given back
-    past: the states, by their input in the step, that decode has in tensors of their own
+    past: states, by their input in the step, that decode has in tensors of their own: their inputs, the oldest first
     """
-    ids = tokens[:, :CALLS].numpy()
+    ids = tokens[:, : CALLS + max(map(len, past.values()), default=0)].numpy()
     zero = {name: np.array(value) for name, value in plain.session(len(ids)).states().items()}
     plain.close()  # one graph's weights at a time
     greedy = {name: np.zeros(len(ids), dtype) for name, dtype in SETTINGS.items()} | {"top_p": np.ones(len(ids), "f4")}
@@ -59,7 +53,11 @@ def check_decode(
 
 
 def _feed(
-    path: Path, ids: Array, states: Mapping[str, Array], past: Mapping[str, Past], settings: Mapping[str, Array]
+    path: Path,
+    ids: Array,
+    states: Mapping[str, Array],
+    past: Mapping[str, Sequence[str]],
+    settings: Mapping[str, Array],
 ) -> list[list[Array]]:
     """Outputs of every call: logits or tokens, and the states."""
     graph = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -67,7 +65,8 @@ def _feed(
     for column in range(ids.shape[1]):
         carried: dict[str, Array] = {}
         for name, state in states.items():
-            carried |= {name: state} if name not in past else _positions(past[name], state)
+            positions = np.split(state, state.shape[1], axis=1) if name in past else [state]
+            carried |= dict(zip(past.get(name, [name]), positions, strict=True))
         said, *after = graph.run(None, {first: ids[:, column : column + 1], **carried, **settings})
         states = {
             name: np.concatenate([state[:, 1:], new], axis=1) if name in past else new
@@ -75,11 +74,6 @@ def _feed(
         }
         outputs.append([said, *states.values()])
     return outputs
-
-
-def _positions(past: Past, state: Array) -> dict[str, Array]:
-    """Of a state [batch, positions, channels]."""
-    return dict(zip(past.inputs, np.split(state, state.shape[1], axis=1), strict=True))
 
 
 def _numbers(state: Array) -> torch.Tensor:

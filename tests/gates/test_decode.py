@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from lhruntime import Session
-from models import TINY_MODELS, VOCAB, program_of, with_modal
+from models import TINY_MODELS, VOCAB, program_of, with_modal, with_taps
 from streams import serialized, write_directory
 
 from lhcompile.artifacts import Lowered, Program
@@ -20,9 +20,10 @@ from lhcompile.verify import ONNX, SessionModel
 from lhcompile.verify.decode import check_decode
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Lowered, Path]:
-    program = streamify(with_modal(program_of(*TINY_MODELS["per channel"])))
+@pytest.fixture(scope="module", params=["three taps", "eight"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Lowered, Path]:
+    mixers = TINY_MODELS["per channel"] if request.param == "three taps" else [with_taps(8)]
+    program = streamify(with_modal(program_of(*mixers)))
     lowered = complete(lower(program, "cuda"), decode=True)
     return program, lowered, write_directory(program, lowered, tmp_path_factory.mktemp("decode") / "out")
 
@@ -30,9 +31,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Lowered, P
 def gate(built: tuple[Program, Lowered, Path], decode: ir.Model, place: Path) -> None:
     directory, file = built[2], place / "decode.onnx"
     file.write_bytes(serialized(decode))
-    tokens = torch.randint(0, VOCAB, (3, 9), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, VOCAB, (3, 16), generator=torch.Generator().manual_seed(0))
     model = SessionModel(lambda batch: Session.load(directory, batch=batch, threads=1))
-    check_decode(directory / "step.onnx", file, built[1].past, model, tokens, ONNX)
+    past = {name: each.inputs for name, each in built[1].past.items()}
+    check_decode(directory / "step.onnx", file, past, model, tokens, ONNX)
 
 
 def decode_of(built: tuple[Program, Lowered, Path]) -> ir.Model:
@@ -71,9 +73,14 @@ def kept_as_it_was(model: ir.Model) -> None:
 
 def older_tokens_in_another_order(model: ir.Model) -> None:
     step = next(node for node in model.graph if node.op_type == "HyenaStep")
-    oldest, newest = step.inputs[9:]
-    step.replace_input_with(9, newest)
+    oldest, next_to_it = step.inputs[9:11]
+    step.replace_input_with(9, next_to_it)
     step.replace_input_with(10, oldest)
+
+
+def the_oldest_token_forgotten(model: ir.Model) -> None:
+    step = next(node for node in model.graph if node.op_type == "HyenaStep")
+    step.replace_input_with(9, step.inputs[10])
 
 
 def another_token_kept(model: ir.Model) -> None:
@@ -107,6 +114,7 @@ def test_a_decode_graph_passes(built: tuple[Program, Lowered, Path], tmp_path: P
         (no_logits, "decode: call 1 chose"),
         (kept_as_it_was, "decode: state .* after call 1"),
         (older_tokens_in_another_order, "decode"),
+        (the_oldest_token_forgotten, "decode"),
         (another_token_kept, "decode: state past_key_values.0.conv_state after call 1"),
         (of_another_token, "decode"),
     ],

@@ -57,6 +57,7 @@ SHAPES = {
     "no bias": Mixer(bias=False),
     "no taps": Mixer(taps=1),
     "seven taps": Mixer(taps=7, channels=72, block=72),
+    "eight taps, many rows": Mixer(taps=8, channels=72, block=72, batch=40),
     "packed": Mixer(packed=True, order=5),
     "packed, many rows": Mixer(packed=True, order=8, channels=260, block=260, batch=70),
     "interleaved": Mixer(block=1, outer=2, channels=200),

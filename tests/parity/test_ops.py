@@ -19,6 +19,7 @@ import torch
 from operators import FORMS, LOUD, Call, Linear, Mixer, Sample, error, kept_error, run
 
 from lhcompile.artifacts import LARGEST_HALF
+from lhcompile.lower.functions import Activation
 
 FLOAT, HALF, BRAIN = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 BUILT = Path(__file__).parents[2] / "build" / "ops" / "liblhcompile_ops.so"
@@ -50,6 +51,7 @@ MIXERS = {
     "no taps": Mixer(taps=1),
     "two taps": Mixer(taps=2, outer=1),
     "seven taps": Mixer(taps=7, channels=72, block=72),
+    "eight taps": Mixer(taps=8, channels=40, block=40),
     "packed": Mixer(packed=True, order=5),
     "packed real": Mixer(packed=True, complex_poles=False, order=3, channels=130, block=130),
     "interleaved": Mixer(block=1, outer=2),
@@ -97,6 +99,27 @@ def test_a_step_is_a_mixer_whose_past_is_kept_by_others(library: Path, library_o
         assert torch.equal(given[1], state)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_tokens_of_the_past_stop_at_the_largest_half(library: Path, packed: bool) -> None:
+    """Of what the signal itself may be, infinite numbers included: as in the window of a mixer."""
+    mixer = Mixer(signal=HALF, conv_state=HALF, recurrent_state=HALF, packed=packed, one_token=True)
+    call = mixer.call()
+    window = call.inputs[1]
+    assert window is not None
+    numbers = torch.tensor([float("inf"), -float("inf"), float("nan"), 65504, -65504], dtype=torch.float16)
+    window[:, :, :5], window[:, :, 26:31] = numbers, numbers
+    apart = replace(mixer, apart=True).call()
+    apart = replace(apart, inputs=(*apart.inputs[:9], *(token.contiguous() for token in window.split(1, dim=1))))
+    stopped = window.float().clamp(-LARGEST_HALF, LARGEST_HALF).half()
+    whole = replace(call, inputs=(call.inputs[0], stopped, *call.inputs[2:]))
+    for taken in (library, None):
+        (y, _, state), (given, after) = run(whole, taken), run(apart, taken)
+        assert torch.equal(given.nan_to_num(7), y.nan_to_num(7))
+        assert torch.equal(after.nan_to_num(7), state.nan_to_num(7))
+        assert not after.isinf().any()
+        assert given.isnan().any()
+
+
 def assert_mixer(library: Path, mixer: Mixer) -> None:
     """A kernel against double precision, and against its function."""
     call = mixer.call()
@@ -120,6 +143,22 @@ def test_states_stop_at_the_largest_half(library: Path, name: str, tokens: int |
             assert (truth == LARGEST_HALF).any() & (truth == -LARGEST_HALF).any() & truth.isnan().any()
             assert torch.equal(ours.abs() == LARGEST_HALF, truth.half().abs() == LARGEST_HALF)
             assert kept_error(ours, truth) <= BUDGET[HALF]
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_activations_of_any_number(library: Path, activation: Activation) -> None:
+    numbers = [0.0, -0.0, 1e-30, -1e-30, 5.7, -5.7, -9.9, -10.1, 20, -20, 1e5, -1e5, 3e38, -3e38]
+    numbers += [float("inf"), float("nan")]
+    call = Linear(batch=1, time=1, width=16, out=16, bias=False, activation=activation).call()
+    weight = torch.zeros(16, 16)
+    weight[3, 5] = 1
+    for number in numbers:
+        x = torch.zeros(1, 1, 16)
+        x[0, 0, 5] = number
+        (y,) = run(replace(call, inputs=(x, weight, *call.inputs[2:])), library)
+        tanh = "tanh" if activation == "gelu_tanh" else "none"
+        truth = torch.nn.functional.gelu(torch.tensor(number, dtype=torch.double), approximate=tanh).float()
+        torch.testing.assert_close(y[0, 0, 3], truth, rtol=1e-5, atol=1e-12, equal_nan=True)
 
 
 LARGER = {

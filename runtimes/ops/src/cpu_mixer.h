@@ -1,4 +1,5 @@
-// HyenaMixer and HyenaStep on a processor: a tile of channels of one row at a time, token after token, its states in the cache.
+// HyenaMixer and HyenaStep on a processor: a tile of channels of one row at a time, token after token, its states in the
+// cache.
 #pragma once
 
 #include <algorithm>
@@ -151,6 +152,9 @@ void mix_tile(const MixerArgs& a, const Tile& t, float (*state)[kTile], Parts* t
       using C = std::remove_pointer_t<decltype(kind)>;
       const auto* from = static_cast<const C*>(a.past[0] ? a.past[k] : a.conv_state);
       gather_parts(a, t, from + (a.past[0] ? t.row : t.row * past + k) * wide, tokens[k]);
+      if (a.past[0])
+        for (auto& part : tokens[k])
+          for (float& x : part) x = stopped<C>(x);
     });
   for (int64_t k = 0; k < a.taps; k++) window[k] = tokens + k;
   const int first = a.outer == 0 ? 1 : 0, second = a.outer == 2 ? 1 : 2;

@@ -31,7 +31,7 @@ constexpr int kTransA = 3, kEpilogue = 7, kBiasPointer = 8, kScaleA = 17, kScale
 constexpr int kScaleModeA = 31, kScaleModeB = 32, kOuterVector = 3;  // one scale for each row of a matrix
 constexpr int kNothing = 1, kBias = 4, kGelu = 32;                   // epilogues; they add up
 constexpr int kMaxWorkspace = 1;
-constexpr int kTile = 1, kTile256x128 = 24;
+constexpr int kAlgorithmTile = 1, kTile256x128 = 24;
 constexpr size_t kWorkspace = 32u << 20;
 
 struct Library {
@@ -142,7 +142,7 @@ int best_of(const Product& p, const Found* found, int count) {
   for (int place = 0; place < count; place++) {
     uint32_t tile = 0;
     size_t size = 0;
-    const int failed = library().algorithm_get(&found[place].algorithm, kTile, &tile, sizeof(tile), &size);
+    const int failed = library().algorithm_get(&found[place].algorithm, kAlgorithmTile, &tile, sizeof(tile), &size);
     if (!failed && tile == kTile256x128) return place;
   }
   return 0;
@@ -181,14 +181,16 @@ const char* prepare(const Product& p, Handle handle, Plan& plan) {
   constexpr int kCandidates = 8;
   Found found[kCandidates] = {};
   int count = 0;
+  auto choose = [&] {
+    return lt.choose(handle, plan.product, plan.weight, plan.x, plan.y, plan.y, preference, kCandidates, found,
+                     &count);
+  };
   const bool described = !failed;
-  if (!failed)
-    failed = lt.choose(handle, plan.product, plan.weight, plan.x, plan.y, plan.y, preference, kCandidates, found, &count);
+  if (!failed) failed = choose();
   if (p.x_scale && described && (failed || count == 0)) {  // few shapes have no such algorithm
     const int8_t whole = 0;
     failed = lt.describe_set(plan.product, kFastSums, &whole, sizeof(whole));
-    if (!failed)
-      failed = lt.choose(handle, plan.product, plan.weight, plan.x, plan.y, plan.y, preference, kCandidates, found, &count);
+    if (!failed) failed = choose();
   }
   if (preference) lt.prefer_end(preference);
   if (failed || count == 0) return "cuBLASLt has no algorithm for a product";

@@ -83,22 +83,26 @@ __device__ inline void narrow(const float (&from)[N], Vector<T, N>* to) {
   }
 }
 
-// What a state of the type keeps: float16 its largest number in place of an infinite one; NaN stays what it is.
+// What a state of the type may be: float16 its largest number in place of an infinite one; NaN stays what it is.
 template <typename T, int N>
-__device__ inline void narrow_state(const float (&from)[N], Vector<T, N>* to) {
-  narrow(from, to);
+__device__ inline void stop(Vector<T, N>* all) {
   if constexpr (std::is_same_v<T, Half> && N % 2 == 0) {
     const __half2 most = __half2half2(__float2half_rn(65504.0f));
 #pragma unroll
     for (int i = 0; i < N; i += 2) {
-      auto* both = reinterpret_cast<__half2*>(to->element + i);
+      auto* both = reinterpret_cast<__half2*>(all->element + i);
       *both = __hmax2_nan(__hmin2_nan(*both, most), __hneg2(most));
     }
   } else if constexpr (std::is_same_v<T, Half>) {
     const Half most = __float2half_rn(65504.0f);
 #pragma unroll
-    for (int i = 0; i < N; i++) to->element[i] = __hmax_nan(__hmin_nan(to->element[i], most), __hneg(most));
+    for (int i = 0; i < N; i++) all->element[i] = __hmax_nan(__hmin_nan(all->element[i], most), __hneg(most));
   }
+}
+template <typename T, int N>
+__device__ inline void narrow_state(const float (&from)[N], Vector<T, N>* to) {
+  narrow(from, to);
+  stop(to);
 }
 
 template <typename T, int N>

@@ -1,4 +1,5 @@
-// HyenaMixer and HyenaStep on a GPU, for one type of signal; mixer_f32.cu, mixer_f16.cu and mixer_bf16.cu have one each.
+// HyenaMixer and HyenaStep on a GPU, for one type of signal; mixer_f32.cu, mixer_f16.cu and mixer_bf16.cu have one
+// each.
 #pragma once
 
 #include "cuda.h"

@@ -126,7 +126,8 @@ struct Step {
 #pragma unroll
           for (int p = 0; p < 3; p++) {
             const Vector<float, V> weight = entries(3 * (base + j) + p);
-            const Vector<C, V> before = numbers<C, V>(row.old[j][p]);
+            Vector<C, V> before = numbers<C, V>(row.old[j][p]);
+            if constexpr (kApart) stop(&before);
 #pragma unroll
             for (int v = 0; v < V; v++) mixed[p][v] += weight.element[v] * widen(before.element[v]);
             if (!kApart && base + j > 0)

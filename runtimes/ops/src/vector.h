@@ -120,12 +120,16 @@ inline void narrow(float x, Half* to) {
 #endif
 }
 
-// A state: float16 stops at its largest number. NaN stays NaN.
+// What a state of the type may be: float16 stops at its largest number. NaN stays NaN.
+template <typename T>
+float stopped(float x) {
+  constexpr float kMost = 65504.0f;
+  if constexpr (std::is_same_v<T, Half>) return x > kMost ? kMost : x < -kMost ? -kMost : x;
+  return x;
+}
 template <typename T>
 void keep(float x, T* to) {
-  constexpr float kMost = 65504.0f;
-  if constexpr (std::is_same_v<T, Half>) x = x > kMost ? kMost : x < -kMost ? -kMost : x;
-  narrow(x, to);
+  narrow(stopped<T>(x), to);
 }
 
 inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }

@@ -278,8 +278,7 @@ class Engine:
         if tokens.shape[1] == 0:
             slots.clear(row)
         else:
-            yield from self._prompts.read(tokens, partial(slots.row, row))
-            slots.settle(row)
+            yield from self._prompts.read(tokens, partial(slots.writing, row))
 
     def _advance(self) -> None:
         running = [(row, job) for row, job in enumerate(self._jobs) if job is not None]

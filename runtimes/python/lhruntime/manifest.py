@@ -243,6 +243,8 @@ def _pair(
     step, prefill = (_graph(graphs, kind, where, files) for kind in ("step", "prefill"))
     decode = _graph(graphs, "decode", where, files) if "decode" in graphs else None
     past = _get(graphs, "past", dict, where) if "past" in graphs else {}
+    if past and decode is None:
+        raise FormatError(f"manifest.json: {where}past is of decode, which is missing")
     return GraphPair(step, prefill, decode, {name: _past(past, name, f"{where}past.", states) for name in past})
 
 
@@ -251,7 +253,8 @@ def _past(raw: Mapping[str, Any], name: str, where: str, states: Sequence[StateS
     where = f"{where}{name}."
     inputs = _get(entry, "inputs", list, where)
     shape = next((state.shape for state in states if state.input == name), ())
-    if len(shape) != 3 or shape[:2] != ("batch", len(inputs)) or not all(isinstance(each, str) for each in inputs):
+    named = inputs and all(isinstance(each, str) for each in inputs)
+    if not named or len(shape) != 3 or shape[:2] != ("batch", len(inputs)):
         raise FormatError(f"manifest.json: {where}inputs is {inputs}, the state is {list(shape)}")
     return PastSpec(tuple(inputs), _get(entry, "output", str, where))
 

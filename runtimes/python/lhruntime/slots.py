@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import lcm, prod
+from contextlib import AbstractContextManager, contextmanager
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,12 +35,15 @@ class Slots:
                     f"sequences cannot run side by side: state {spec.input} is {list(spec.shape)}, "
                     "expected rows first, one for each sequence"
                 )
+        longest = max((len(past.inputs) for past in apart.values()), default=0)
+        self.period = longest + 1 + (longest + 1) % 2 if apart else 2  # even, for the states that have two sides
         self._states: list[_State] = [
-            _Window(model, spec, apart[spec.input], count) if spec.input in apart else _Sides(model, spec, count)
+            _Window(model, spec, apart[spec.input], count, self.period)
+            if spec.input in apart
+            else _Sides(model, spec, count)
             for spec in self._specs
         ]
         self._now = 0
-        self.period = lcm(*(state.period for state in self._states))
         self.zero()
 
     @property
@@ -66,12 +70,10 @@ class Slots:
         for state in self._states:
             state.bind(binding, call)
 
-    def row(self, index: int) -> list[ort.OrtValue]:
-        """Where the present states [1, ...] of one sequence are written, of which `settle` is told."""
-        return [state.row(index, self._now) for state in self._states]
-
-    def settle(self, index: int) -> None:
-        """All of `row` has been written."""
+    @contextmanager
+    def writing(self, index: int) -> Iterator[list[ort.OrtValue]]:
+        """Where the present states [1, ...] of one sequence are to be written; afterwards they are the sequence's."""
+        yield [state.inlet(index, self._now) for state in self._states]
         for state in self._states:
             state.settle(index, self._now)
 
@@ -82,9 +84,9 @@ class Slots:
 
     def clear(self, index: int) -> None:
         """Make the present states of one sequence zero."""
-        for spec, value in zip(self._specs, self.row(index), strict=True):
-            value.update_inplace(np.zeros(spec.sized(1), spec.dtype))
-        self.settle(index)
+        with self.writing(index) as values:
+            for spec, value in zip(self._specs, values, strict=True):
+                value.update_inplace(np.zeros(spec.sized(1), spec.dtype))
 
     def read(self, index: int) -> list[Array]:
         """Copies of the present states [1, ...] of one sequence, in the manifest's order."""
@@ -92,15 +94,14 @@ class Slots:
 
 
 class _State(Protocol):
-    """One state of all sequences. period: calls after which it lies where it lay; bytes, traffic: as of Slots."""
+    """One state of all sequences. bytes, traffic: as of Slots; inlet: where a row is written, before settle."""
 
-    period: int
     bytes: int
     traffic: int
 
     def bind(self, binding: ort.IOBinding, call: int) -> None: ...
 
-    def row(self, index: int, call: int) -> ort.OrtValue: ...
+    def inlet(self, index: int, call: int) -> ort.OrtValue: ...
 
     def settle(self, index: int, call: int) -> None: ...
 
@@ -112,8 +113,6 @@ class _State(Protocol):
 class _Sides:
     """A state that is there twice: a call reads one side and writes the other, then they change roles."""
 
-    period = 2
-
     def __init__(self, model: LoadedModel, spec: StateSpec, count: int) -> None:
         self._spec = spec
         self._sides = [_Rows(model, spec.sized(count), spec.dtype) for _ in range(2)]
@@ -124,54 +123,52 @@ class _Sides:
         binding.bind_ortvalue_input(self._spec.input, self._sides[call % 2].value)
         binding.bind_ortvalue_output(self._spec.output, self._sides[1 - call % 2].value)
 
-    def row(self, index: int, call: int) -> ort.OrtValue:
+    def inlet(self, index: int, call: int) -> ort.OrtValue:
         return self._sides[call % 2].row(index)
 
     def settle(self, index: int, call: int) -> None:
         """It lies where it was written."""
 
     def read(self, index: int, call: int) -> Array:
-        return np.array(self.row(index, call).numpy())
+        return np.array(self._sides[call % 2].row(index).numpy())
 
     def zero(self, call: int) -> None:
         self._sides[call % 2].zero()
 
 
 class _Window:
-    """The last positions of a signal, a tensor each and one more, which a call writes and the next ones read."""
+    """The last positions of a signal in a ring of tensors: a call writes one of them, which the next calls read."""
 
-    def __init__(self, model: LoadedModel, spec: StateSpec, past: PastSpec, count: int) -> None:
-        _, positions, channels = spec.sized(count)
-        self._past, self.period = past, positions + 1
-        self._ring = [_Rows(model, (count, 1, channels), spec.dtype) for _ in range(self.period)]
-        self._written = _Rows(model, (1, positions, channels), spec.dtype)
+    def __init__(self, model: LoadedModel, spec: StateSpec, past: PastSpec, count: int, length: int) -> None:
+        _, self._positions, channels = spec.sized(count)
+        self._past = past
+        self._ring = [_Rows(model, (count, 1, channels), spec.dtype) for _ in range(length)]
+        self._inlet = _Rows(model, (1, self._positions, channels), spec.dtype)
         each = self._ring[0].value.tensor_size_in_bytes()
-        self.bytes, self.traffic = positions * each, self.period * each
+        self.bytes, self.traffic = self._positions * each, (self._positions + 1) * each
 
-    def _at(self, call: int) -> list[_Rows]:
-        """The oldest first; the last one is written."""
-        start = call % self.period
-        return self._ring[start:] + self._ring[:start]
+    def _read(self, call: int) -> list[_Rows]:
+        """What a call reads, the oldest first."""
+        return [self._ring[(call - age) % len(self._ring)] for age in range(self._positions, 0, -1)]
 
     def bind(self, binding: ort.IOBinding, call: int) -> None:
-        *read, written = self._at(call)
-        for name, rows in zip(self._past.inputs, read, strict=True):
+        for name, rows in zip(self._past.inputs, self._read(call), strict=True):
             binding.bind_ortvalue_input(name, rows.value)
-        binding.bind_ortvalue_output(self._past.output, written.value)
+        binding.bind_ortvalue_output(self._past.output, self._ring[call % len(self._ring)].value)
 
-    def row(self, index: int, call: int) -> ort.OrtValue:
-        return self._written.value
+    def inlet(self, index: int, call: int) -> ort.OrtValue:
+        return self._inlet.value
 
     def settle(self, index: int, call: int) -> None:
-        state = self._written.value.numpy()
-        for position, rows in enumerate(self._at(call)[:-1]):
+        state = self._inlet.value.numpy()
+        for position, rows in enumerate(self._read(call)):
             rows.row(index).update_inplace(np.ascontiguousarray(state[:, position : position + 1]))
 
     def read(self, index: int, call: int) -> Array:
-        return np.concatenate([rows.row(index).numpy() for rows in self._at(call)[:-1]], axis=1)
+        return np.concatenate([rows.row(index).numpy() for rows in self._read(call)], axis=1)
 
     def zero(self, call: int) -> None:
-        for rows in self._at(call)[:-1]:
+        for rows in self._read(call):
             rows.zero()
 
 
@@ -216,17 +213,18 @@ class Prompts:
         # the zeros are only ever read
         self._zeros, *self._between = (Slots(model, 1) for _ in range(3))
 
-    def read(self, tokens: Array, into: Callable[[], list[ort.OrtValue]]) -> Iterator[None]:
+    def read(self, tokens: Array, into: Callable[[], AbstractContextManager[list[ort.OrtValue]]]) -> Iterator[None]:
         """Consume tokens int64 [1, seq ≥ 1], pausing between one call and the next.
 
-        The last call, behind which there is no pause, writes the states into `into()`, asked for just before it.
+        The last call, behind which there is no pause, writes the states into what `into` gives, asked for just before.
         """
         starts = range(0, tokens.shape[1], self._chunk)
-        old = self._zeros.row(0)
+        with self._zeros.writing(0) as old:
+            pass
         for index, start in enumerate(starts):
             last = index == len(starts) - 1
-            new = into() if last else self._between[index % 2].row(0)
-            self._consume(tokens[:, start : start + self._chunk], old, new)
+            with into() if last else self._between[index % 2].writing(0) as new:
+                self._consume(tokens[:, start : start + self._chunk], old, new)
             old = new
             if not last:
                 yield

@@ -215,7 +215,7 @@ def test_chunks_do_not_depend_on_what_runs_beside(built: Path, session: Session)
     with Engine.load(built, slots=2, threads=1, chunk=8) as engine:
         model = engine._model
     slots = StepLoop(model, 2).slots
-    assert sum(1 for _ in Prompts(model, 8).read(prompt[None, :-1], lambda: slots.row(1))) == 3
+    assert sum(1 for _ in Prompts(model, 8).read(prompt[None, :-1], lambda: slots.writing(1))) == 3
     for found, expected in zip(slots.read(1), session.states().values(), strict=True):
         np.testing.assert_array_equal(found, expected)
     assert all(not state.any() for state in slots.read(0))
@@ -230,12 +230,13 @@ def test_no_chunk_is_written_over_the_states_it_reads(built: Path, monkeypatch: 
         consume(prompts, tokens, old, new)
 
     monkeypatch.setattr(Prompts, "_consume", record)
-    for _ in Prompts(model, 2).read(np.zeros((1, 9), np.int64), lambda: slots.row(1)):
+    for _ in Prompts(model, 2).read(np.zeros((1, 9), np.int64), lambda: slots.writing(1)):
         pass
     assert len(calls) == 5
     assert all(set(old).isdisjoint(new) for old, new in calls)
     assert [new for _, new in calls[:-1]] == [old for old, _ in calls[1:]]
-    assert calls[-1][1] == [value.data_ptr() for value in slots.row(1)]
+    with slots.writing(1) as values:
+        assert calls[-1][1] == [value.data_ptr() for value in values]
 
 
 def test_a_slot_keeps_nothing_of_who_was_there(built: Path, session: Session) -> None:

@@ -47,11 +47,16 @@ def test_a_past_in_tensors_of_its_own_is_of_a_state(copy: Path) -> None:
     good = {"inputs": [f"{window}.past_{age}" for age in range(positions, 0, -1)], "output": "newest"}
     manifest["graphs"]["past"] = {window: good}
     path.write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match=r"graphs\.past is of decode, which is missing"):
+        read_manifest(copy)
+    manifest["graphs"]["decode"] = manifest["graphs"]["step"]
+    path.write_text(json.dumps(manifest))
     past = read_manifest(copy).graphs[manifest["target"]].past
     assert past == {window: PastSpec(tuple(good["inputs"]), "newest")}
     for name, entry in (
         (other, good),
         (window, good | {"inputs": good["inputs"][1:]}),
+        (window, good | {"inputs": []}),
         (window, good | {"inputs": list(range(positions))}),
     ):
         manifest["graphs"]["past"] = {name: entry}

@@ -22,8 +22,9 @@ from streams import assert_parity, serialized, torch_stream
 from torch import Tensor
 
 from lhcompile.artifacts import Lowered, Past, Program
-from lhcompile.config import QuantizeConfig
+from lhcompile.config import QuantizeConfig, Target
 from lhcompile.lower import complete, lower
+from lhcompile.lower.decode import _MOST
 from lhcompile.lower.fuse import KINDS, fuse
 from lhcompile.quantize import Plan, keep_states, kept_in, plan_weights, quantize
 from lhcompile.quantize.blocks import BLOCK
@@ -436,6 +437,26 @@ def test_decode_is_the_step_and_a_choice(precision: str) -> None:
             edges = np.cumsum(sampler.probabilities(logits[row])[0])
             assert token == np.searchsorted(edges, uniform[row] * edges[-1], side="right")
         ids = tokens_
+
+
+@pytest.mark.parametrize(("target", "fast"), [("cpu", True), ("cuda", False)])
+def test_codes_of_four_bits_are_multiplied_as_they_are_on_a_processor(target: Target, fast: bool) -> None:
+    """Without the library too: there the function is what runs."""
+    with of_width(32):
+        lowered = lower(streamify(with_modal(program_of(Hyena))), target)
+    done = complete(quantized(lowered, "int4"))
+    found = [function for graph in (done.step, done.prefill) for function in graph.functions.values()]
+    found = [function for function in found if function.name == "LinearInt4"]
+    assert len(found) >= 4
+    for function in found:
+        blocks = [node for node in function if node.op_type == "MatMulNBits"]
+        assert [node.attributes["accuracy_level"].as_int() for node in blocks] == [4] * fast
+        assert function.attributes["accuracy_level"].as_int() == 4 * fast
+
+
+def test_the_kernels_take_as_many_tokens_of_a_past() -> None:
+    source = (Path(__file__).parents[3] / "runtimes/ops/src/args.h").read_text()
+    assert f"kMostPast = {_MOST};" in source
 
 
 def test_no_decode_graph_for_others() -> None:
