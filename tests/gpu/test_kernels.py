@@ -107,6 +107,24 @@ def test_a_step_is_a_mixer_whose_past_is_kept_by_others(
     assert torch.equal(given[1], state)
 
 
+@pytest.mark.parametrize("name", ["complex", "many rows", "packed, many rows"])
+def test_tokens_of_the_past_stop_at_the_largest_half(kernels: Kernels, name: str) -> None:
+    """Of what the signal itself may be, infinite numbers included: as in the window of a mixer."""
+    mixer = replace(SHAPES[name], signal=HALF, conv_state=HALF, recurrent_state=HALF, one_token=True)
+    call = mixer.call()
+    window = call.inputs[1]
+    assert window is not None
+    window[:, :, ::7], window[:, :, 1::7] = float("inf"), -float("inf")
+    then = replace(mixer, apart=True).call()
+    tokens = (token.contiguous() for token in window.split(1, dim=1))
+    then = replace(then, inputs=(*then.inputs[:9], *tokens))
+    stopped = replace(call, inputs=(call.inputs[0], window.clamp(-65504, 65504), *call.inputs[2:]))
+    y, _, state = computed(*kernels.mixer(placed(stopped), mixer.block, mixer.outer))
+    given = computed(*kernels.step(placed(then), mixer.block, mixer.outer))
+    assert torch.equal(given[0], y)
+    assert torch.equal(given[1], state)
+
+
 def test_a_step_may_write_where_it_reads(kernels: Kernels) -> None:
     for name in ("complex", "many rows", "packed, many rows", "seven taps"):
         for ours, theirs in zip(mixed(kernels, SHAPES[name], True), mixed(kernels, SHAPES[name]), strict=True):
