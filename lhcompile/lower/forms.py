@@ -58,6 +58,7 @@ def _mixer(node: ir.Node, target: str) -> ir.Function:
 
 
 def _linear(node: ir.Node, target: str) -> ir.Function:
+    blocks = _block_product(node) if target == "cpu" else None
     return linear_function(
         norm=node.attributes["norm"].as_string(),  # type: ignore[arg-type]
         activation=node.attributes["activation"].as_string(),  # type: ignore[arg-type]
@@ -69,8 +70,8 @@ def _linear(node: ir.Node, target: str) -> ir.Function:
         signal=_type(node.inputs[0]),
         bias_type=_type(node.inputs[2]) if _there(node, 2) else None,
         name=node.op_type,  # type: ignore[arg-type]
-        byte_signals=target == "cpu" and node.op_type == "LinearInt4",
-        block_product=_block_product(node) if target == "cpu" else None,
+        byte_signals=blocks is not None,
+        block_product=blocks,
     )
 
 

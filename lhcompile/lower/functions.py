@@ -110,12 +110,7 @@ def mixer_function(
     if taps == 1:
         after = body.op("Identity", before)
     mixed = _convolved(body, window, weight, taps, one_token)
-    if bias:
-        mixed = body.op("Add", mixed, offset)
-    parts = body.split(body.op("Reshape", mixed, body.ints(0, 0, -1, 3, block)), 3, axis=3)
-    flat = body.ints(0, 0, -1)
-    gate = body.op("Reshape", parts.pop(outer), flat)
-    u = body.op("Reshape", body.op("Mul", *parts), flat)
+    gate, u = _gated(body, body.op("Add", mixed, offset) if bias else mixed, block, outer)
 
     s = body.cast(state, recurrent_state)
     if packed:
@@ -169,6 +164,14 @@ def _convolved(body: Body, window: ir.Value, weight: ir.Value, taps: int, one_to
         y = part if y is None else body.op("Add", y, part)
     assert y is not None
     return y
+
+
+def _gated(body: Body, mixed: ir.Value, block: int, outer: int) -> tuple[ir.Value, ir.Value]:
+    """[batch, time, 3D] → the part that gates what is heard, and the product of the others, [batch, time, D] each"""
+    parts = body.split(body.op("Reshape", mixed, body.ints(0, 0, -1, 3, block)), 3, axis=3)
+    flat = body.ints(0, 0, -1)
+    gate = body.op("Reshape", parts.pop(outer), flat)
+    return gate, body.op("Reshape", body.op("Mul", *parts), flat)
 
 
 def _scanned(body: Body, system: _System, state: ir.Value, u: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -13,6 +13,7 @@ constexpr bool kByteProducts = true;
 #else
 constexpr bool kByteProducts = false;
 #endif
+constexpr float kRound = 0x1.8p23f;  // a sum with it is a whole number
 
 // Codes of a block of x in the lowest byte of each word, in order, and their unit; it is NaN where a number is not
 // finite.
@@ -27,7 +28,6 @@ inline float codes_of(const float* x, Words (&codes)[kBlock / kWidth]) {
   float largest = kSmallest, wrong = 0;
   for (int lane = 0; lane < kWidth; lane++) largest = std::max(largest, most[lane]), wrong += poison[lane];
   const float unit = largest / 127.0f;
-  constexpr float kRound = 0x1.8p23f;  // beside it there are whole numbers only
   for (int i = 0; i < kBlock; i += kWidth)
     codes[i / kWidth] = reinterpret_cast<Words>(load(x + i) / unit + kRound);
   return unit + wrong;
@@ -38,10 +38,9 @@ inline void round_to_bytes(float* x) {
   Words codes[kBlock / kWidth];
   const float unit = codes_of(x, codes);
   for (int i = 0; i < kBlock; i += kWidth)
-    *reinterpret_cast<Floats*>(x + i) = (reinterpret_cast<Floats>(codes[i / kWidth]) - 0x1.8p23f) * unit;
+    *reinterpret_cast<Floats*>(x + i) = (reinterpret_cast<Floats>(codes[i / kWidth]) - kRound) * unit;
 }
 
-#if defined(__AVX512VNNI__)
 // As many inputs as a vector has weights, in the place of the floats they come from: a byte of weights is an even and an
 // odd input, and a word four of them; −8 times the sum of a word's inputs, for weights are stored with 8 added.
 struct BytePiece {
@@ -50,6 +49,12 @@ struct BytePiece {
   float unit[kWidth];
 };
 
+// Only where there are such instructions: a piece of x in the place of its floats, and the sum of a word's products in
+// each lane, eight codes of 4 bits and eight of x.
+inline void pack_piece(float* x);
+inline Floats multiply(Words weights, const BytePiece& x);
+
+#if defined(__AVX512VNNI__)
 inline void pack_piece(float* x) {
   alignas(64) int8_t bytes[2][4 * kWidth];  // all codes in order
   alignas(64) BytePiece packed;
@@ -74,7 +79,6 @@ inline void pack_piece(float* x) {
   std::memcpy(x, &packed, sizeof(packed));
 }
 
-// The sum of a word's products in each lane: eight codes of 4 bits and eight of x.
 inline Floats multiply(Words weights, const BytePiece& x) {
   const auto low = _mm512_set1_epi8(15);
   const auto bytes = reinterpret_cast<__m512i>(weights);

@@ -68,11 +68,11 @@ inline void normalize(const LinearArgs& a, float* x) {
 // Codes of 8 bits in the place of x, or what they mean; behind the last input there are zeros.
 inline void in_bytes(const LinearArgs& a, float* x) {
   std::fill(x + a.width, x + row_of(a), 0.0f);
-#if defined(__AVX512VNNI__)
-  for (float* piece = x; piece < x + row_of(a); piece += kPiece) pack_piece(piece);
-#else
-  for (float* block = x; block < x + a.width; block += kBlock) round_to_bytes(block);
-#endif
+  if constexpr (kByteProducts) {
+    for (float* piece = x; piece < x + row_of(a); piece += kPiece) pack_piece(piece);
+  } else {
+    for (float* block = x; block < x + a.width; block += kBlock) round_to_bytes(block);
+  }
 }
 
 // Input 8 · i + n of a piece goes to place n · kWidth + i; behind the last one there are zeros.
@@ -153,9 +153,30 @@ void product(const LinearArgs& a, const W* weight, const float* x, int64_t row, 
     }
 }
 
-// The same for a weight of 4-bit codes, T: the type that it is rounded to. A word holds eight codes, so lane i of the
-// n-th of them is input 8 · i + n of a piece, and x lies in that order.
+// The products of a piece of R rows, wide floats apart, with N weights in codes; what is left of the codes is of no use.
 template <typename T, int R, int N>
+void add_floats(const float* x, int64_t wide, Words (&codes)[N], const Floats (&scale)[N], Floats (&parts)[R][N]) {
+  constexpr bool kExact = std::is_same_v<T, float>;
+#pragma GCC unroll 8
+  for (int each = 0; each < 8; each++) {
+    Floats w[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) {
+      w[n] = kExact ? lowest_code(codes[n]) : nearest<T>(lowest_code(codes[n]) * scale[n]);
+      codes[n] >>= 4;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Floats heard = load(x + r * wide + each * kWidth);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) parts[r][n] += heard * w[n];
+    }
+  }
+}
+
+// The same for a weight of 4-bit codes, T: the type that it is rounded to. A word holds eight codes, so lane i of the
+// n-th of them is input 8 · i + n of a piece, and x lies in that order; with kBytes it is in codes of 8 bits.
+template <typename T, bool kBytes, int R, int N>
 void product_int4(const LinearArgs& a, const float* x, int64_t row, int64_t out, Totals* totals) {
   constexpr bool kExact = std::is_same_v<T, float>;  // then a scale is a factor of its block's sum
   const int64_t blocks = a.width / kBlock, wide = row_of(a);
@@ -173,20 +194,14 @@ void product_int4(const LinearArgs& a, const float* x, int64_t row, int64_t out,
       codes[n] = load_codes(bytes + (n * a.width + k) / 2, count);
       scale[n] = load_scales(scales + n * blocks + k / kBlock, count);
     }
+    if constexpr (kBytes) {
 #pragma GCC unroll 8
-    for (int each = 0; each < 8; each++) {
-      Floats w[N];
+      for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) {
-        w[n] = kExact ? lowest_code(codes[n]) : nearest<T>(lowest_code(codes[n]) * scale[n]);
-        codes[n] >>= 4;
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const Floats heard = load(x + r * wide + k + each * kWidth);
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++) parts[r][n] += heard * w[n];
-      }
+        for (int n = 0; n < N; n++)
+          parts[r][n] = multiply(codes[n], *reinterpret_cast<const BytePiece*>(x + r * wide + k));
+    } else {
+      add_floats<T, R, N>(x + k, wide, codes, scale, parts);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -199,42 +214,13 @@ void product_int4(const LinearArgs& a, const float* x, int64_t row, int64_t out,
     for (int n = 0; n < N; n++) totals[r][out % kChunk + n] = sum(sums[r][n]);
 }
 
-#if defined(__AVX512VNNI__)
-// The same where x is in codes of 8 bits.
-template <int R, int N>
-void product_bytes(const LinearArgs& a, const float* x, int64_t row, int64_t out, Totals* totals) {
-  const int64_t blocks = a.width / kBlock, wide = row_of(a);
-  const uint8_t* bytes = static_cast<const uint8_t*>(a.weight) + out * a.width / 2;
-  const Half* scales = static_cast<const Half*>(a.weight_scale) + out * blocks;
-  x += row * wide;
-  Floats sums[R][N] = {};
-  for (int64_t k = 0; k < a.width; k += kPiece) {
-    const int64_t count = std::min(kPiece, a.width - k) / kBlock;
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) {
-      __builtin_prefetch(bytes + (n * a.width + k) / 2 + kAhead);
-      const Words codes = load_codes(bytes + (n * a.width + k) / 2, count);
-      const Floats scale = load_scales(scales + n * blocks + k / kBlock, count);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++)
-        sums[r][n] += multiply(codes, *reinterpret_cast<const BytePiece*>(x + r * wide + k)) * scale;
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) totals[r][out % kChunk + n] = sum(sums[r][n]);
-}
-#endif
-
 // W: of the weight's elements, or Eight and Four, whose rows of x have units or an order of their own.
 template <typename W, typename T, int R, int N>
 void product_of(const LinearArgs& a, const float* x, int64_t row, int64_t out, Totals* totals) {
   if constexpr (std::is_same_v<W, Four>) {
-#if defined(__AVX512VNNI__)
-    if (a.bytes) return product_bytes<R, N>(a, x, row, out, totals);
-#endif
-    product_int4<T, R, N>(a, x, row, out, totals);
+    if constexpr (kByteProducts && std::is_same_v<T, float>)
+      if (a.bytes) return product_int4<T, true, R, N>(a, x, row, out, totals);
+    product_int4<T, false, R, N>(a, x, row, out, totals);
   } else {
     product<W, R, N>(a, static_cast<const W*>(a.weight) + out * a.width, x, row, out, totals);
   }
