@@ -49,6 +49,7 @@ _LinearArgs = _structure(
     (ctypes.c_float, "epsilon"),
     (_address, "x weight bias residual weight_scale norm_scale norm_bias y"),
     (_int, "bytes"),
+    (_address, "x_unit reach y_unit"),
 )
 _SampleArgs = _structure(
     "SampleArgs",
@@ -117,11 +118,47 @@ class Kernels:
         y = _poisoned(x.new_empty(*x.shape[:-1], len(weight)))
         args = _LinearArgs(
             *(x[..., 0].numel(), x.shape[-1], len(weight)),
-            *(0 if v is None else _TYPES[v.dtype] for v in (x, weight, bias)),
+            *(_type(v) for v in (x, weight, bias)),
             *(_NORMS[norm], _ACTIVATIONS[activation], epsilon),
             *(_pointer(v) for v in (x, weight, bias, residual, weight_scale, scale, shift, y)),
         )
         return [y], self._call("linear", args, (inputs, y))
+
+    def mlp(
+        self,
+        inputs: tuple[Tensor | None, ...],
+        norm: str = "none",
+        activation: str = "none",
+        epsilon: float = 1e-5,
+    ) -> tuple[list[Tensor], Call]:
+        """inputs as those of MlpFp8"""
+        x, up, down = (_there(inputs[i]) for i in (0, 1, 3))
+        up_bias, down_bias, residual, scale, shift, up_scale, down_scale, reach = inputs[2:3] + inputs[4:]
+        rows = x[..., 0].numel()
+        codes = torch.empty(rows, len(up), dtype=torch.uint8, device=x.device)
+        units, y = _poisoned(torch.empty(rows, device=x.device)), _poisoned(x.new_empty(*x.shape[:-1], len(down)))
+        settings = _NORMS[norm], _ACTIVATIONS[activation], epsilon
+        first = _LinearArgs(
+            *(rows, up.shape[1], len(up), *(_type(v) for v in (x, up, up_bias)), *settings),
+            *(_pointer(v) for v in (x, up, up_bias, None, up_scale, scale, shift, codes)),
+            *(0, None, _pointer(reach), _pointer(units)),
+        )
+        second = _LinearArgs(
+            *(rows, down.shape[1], len(down), *(_type(v) for v in (x, down, down_bias)), 0, 0, 0.0),
+            *(_pointer(v) for v in (codes, down, down_bias, residual, down_scale, None, None, y)),
+            *(0, _pointer(units), None, None),
+        )
+        halves = [self._call("linear", args, (inputs, codes, units, y)) for args in (first, second)]
+
+        def call() -> None:
+            for half in halves:
+                half()
+
+        return [y], call
+
+    def withhold_eight(self, withheld: bool) -> None:
+        """Whether later calls do without the product of 8 bits that needs compute capability 9.0."""
+        self._library.lhcompile_eight_withhold(int(withheld))
 
     def sample(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], Call]:
         logits, uniform, temperature, top_k, top_p = inputs
@@ -153,6 +190,10 @@ class Kernels:
 def _there(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     return tensor
+
+
+def _type(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else _TYPES[tensor.dtype]
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

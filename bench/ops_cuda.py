@@ -119,6 +119,31 @@ class _Bench:
         """LinearInt4; the arithmetic floor is that of products of float16."""
         return self._linears(4)
 
+    def mlps(self) -> list[dict[str, Any]]:
+        """MlpFp8 beside two LinearFp8, whose time is `apart_us`; the floors are those of `eights`."""
+        rows = []
+        for batch in self.batches:
+            moved = 2 * _weight_bytes(8, WIDTH * HIDDEN) + 2 * batch * 3 * WIDTH
+            seconds = _timed(partial(self._mlp, batch), moved)
+            apart = sum(
+                _timed(partial(self._linear, name, batch, bits=8), moved / 2 + 2 * batch * HIDDEN)
+                for name in ("up", "down")
+            )
+            work = 2 * batch * WIDTH * HIDDEN
+            rows.append(self.row(seconds, moved, work, name="mlp", rows=batch, apart_us=1e6 * apart))
+        return rows
+
+    def _mlp(self, batch: int) -> Call:
+        up, down = (torch.randn(shape, device="cuda") for shape in ((HIDDEN, WIDTH), (WIDTH, HIDDEN)))
+        inputs = (
+            *(_random(batch, 1, WIDTH, dtype=HALF), up.to(torch.float8_e4m3fn), _random(HIDDEN, dtype=HALF)),
+            *(down.to(torch.float8_e4m3fn), _random(WIDTH, dtype=HALF), _random(batch, 1, WIDTH, dtype=HALF)),
+            *(_random(WIDTH), _random(WIDTH)),
+            *(torch.rand(size, device="cuda") / width**0.5 for size, width in ((HIDDEN, WIDTH), (WIDTH, HIDDEN))),
+            torch.tensor([1.0, 4.0], device="cuda"),
+        )
+        return self.kernels.mlp(inputs, "layer", "gelu_tanh")[1]
+
     def _linears(self, bits: int) -> list[dict[str, Any]]:
         rows = []
         for name, width, out, norm, activation, residual in _NODES:
@@ -201,7 +226,7 @@ class _Bench:
         return rows
 
 
-_PARTS = ["steps", "whole_step", "prefills", "linears", "eights", "fours", "samples"]
+_PARTS = ["steps", "whole_step", "prefills", "linears", "eights", "mlps", "fours", "samples"]
 _NODES = [
     ("in", WIDTH, 3 * WIDTH, "layer", "none", False),
     ("out", WIDTH, WIDTH, "none", "none", True),

@@ -17,18 +17,11 @@ from torch import Tensor
 
 from lhcompile.artifacts import LARGEST_HALF
 from lhcompile.lower.body import DOMAIN, OPSET, VERSION
-from lhcompile.lower.functions import (
-    Activation,
-    Norm,
-    Projection,
-    call,
-    linear_function,
-    mixer_function,
-    sample_function,
-)
+from lhcompile.lower.functions import call, mixer_function, sample_function
+from lhcompile.lower.projections import Activation, Norm, Projection, linear_function, mlp_function
 from lhcompile.ssm import swap
 
-__all__ = ["FORMS", "LOUD", "Call", "Linear", "Mixer", "Sample", "error", "kept_error", "run"]
+__all__ = ["FORMS", "LOUD", "Call", "Linear", "Mixer", "Mlp", "Sample", "error", "kept_error", "run"]
 
 Type = ir.DataType
 TORCH = {
@@ -310,11 +303,7 @@ class Linear:
         x, weight, bias, residual, scale, shift, *rest = inputs
         assert x is not None
         assert weight is not None
-        if self.norm == "layer":
-            x = torch.nn.functional.layer_norm(x, [self.width], scale, shift, self.epsilon)
-        elif self.norm == "rms":
-            x = x / (x.square().mean(-1, keepdim=True) + self.epsilon).sqrt() * scale
-            x = x if shift is None else x + shift
+        x = _normalized(x, self, scale, shift)
         if self.name == "LinearInt4":
             codes = torch.stack([weight % 16, weight // 16], -1).flatten(2)
             weight = ((codes - 8) * rest[0][..., None]).flatten(1).to(TORCH[self.signal]).double()
@@ -329,6 +318,90 @@ class Linear:
         if self.activation != "none":
             y = torch.nn.functional.gelu(y, approximate="tanh" if self.activation == "gelu_tanh" else "none")
         return [y if residual is None else y + residual]
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A random MlpFp8 of K = width inputs, H = hidden numbers between its products, and N = out outputs"""
+
+    batch: int = 2
+    time: int = 3
+    width: int = 64
+    hidden: int = 96
+    out: int = 48
+    norm: Norm = "layer"
+    activation: Activation = "gelu_tanh"
+    epsilon: float = 1e-5
+    up_bias: bool = True
+    down_bias: bool = True
+    residual: bool = True
+    norm_bias: bool = False
+    one_token: bool = False
+    signal: Type = Type.FLOAT
+    bias_type: Type | None = None
+    seed: int = 0
+
+    def call(self) -> Call:
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        kind, offset = TORCH[self.signal], TORCH[self.bias_type or self.signal]
+        up, up_unit = _eight(random(self.hidden, self.width) / self.width**0.5)
+        down, down_unit = _eight(random(self.out, self.hidden) / self.hidden**0.5)
+        up_bias = random(self.hidden).to(offset) if self.up_bias else None
+        lengths = (up.float() * up_unit).norm(dim=1)
+        inputs = (
+            (random(self.batch, self.time, self.width) + 0.3).to(kind),
+            up,
+            up_bias,
+            down,
+            random(self.out).to(offset) if self.down_bias else None,
+            random(self.batch, self.time, self.out).to(kind) if self.residual else None,
+            1 + 0.2 * random(self.width) if self.norm != "none" else None,
+            random(self.width) if self.norm_bias else None,
+            up_unit.squeeze(1),
+            down_unit.squeeze(1),
+            torch.stack([lengths.max(), torch.zeros(()) if up_bias is None else up_bias.float().abs().max()]),
+        )
+        function = mlp_function(
+            norm=self.norm,
+            activation=self.activation,
+            epsilon=self.epsilon,
+            up_bias=self.up_bias,
+            down_bias=self.down_bias,
+            residual=self.residual,
+            norm_bias=self.norm_bias,
+            one_token=self.one_token,
+            signal=self.signal,
+            bias_type=self.bias_type,
+        )
+        return Call(function, inputs, fed=(0, 5))
+
+    def expected(self) -> list[Tensor]:
+        inputs = [None if v is None else v.double() for v in self.call().inputs]
+        x, up, up_bias, down, down_bias, residual, scale, shift, up_unit, down_unit, reach = inputs
+        z = _normalized(x, self, scale, shift)
+        codes, unit = _eight(z)
+        h = torch.nn.functional.linear(codes.double() * unit, up * up_unit[:, None], up_bias)
+        if self.activation != "none":
+            h = torch.nn.functional.gelu(h, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        c = (z.norm(dim=-1, keepdim=True) * reach[0] + reach[1]).clamp(min=1e-30) / 448
+        assert ((h / c).abs() <= 448).all()
+        h = (h.float() / c.float()).to(torch.float8_e4m3fn).double() * c
+        y = torch.nn.functional.linear(h, down * down_unit[:, None], down_bias)
+        return [y if residual is None else y + residual]
+
+
+def _normalized(x: Tensor, of: Linear | Mlp, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    if of.norm == "layer":
+        return torch.nn.functional.layer_norm(x, [of.width], scale, shift, of.epsilon)
+    if of.norm == "none":
+        return x
+    assert scale is not None
+    x = x / (x.square().mean(-1, keepdim=True) + of.epsilon).sqrt() * scale
+    return x if shift is None else x + shift
 
 
 LOUD = {

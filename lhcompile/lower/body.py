@@ -8,12 +8,19 @@ import onnx_ir as ir
 
 from lhcompile.artifacts import LARGEST_HALF
 
-__all__ = ["DOMAIN", "FLOAT", "OPSET", "VERSION", "Body", "Type"]
+__all__ = ["DOMAIN", "FLOAT", "OPSET", "SHORT", "VERSION", "Body", "Type", "flags"]
 
 DOMAIN, VERSION = "lhcompile", 1
 OPSET = 20
 Type = ir.DataType
 FLOAT = Type.FLOAT
+SHORT = {Type.FLOAT: "f32", Type.FLOAT16: "f16", Type.BFLOAT16: "bf16"}
+"""Types in the names of forms."""
+
+
+def flags(**flags: bool) -> str:
+    """Those that are set, in the name of a form."""
+    return "".join(f"_{name}" for name, there in flags.items() if there)
 
 
 class Body:

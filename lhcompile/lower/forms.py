@@ -7,7 +7,8 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from lhcompile.lower.body import DOMAIN, VERSION
-from lhcompile.lower.functions import linear_function, mixer_function, sample_function
+from lhcompile.lower.functions import mixer_function, sample_function
+from lhcompile.lower.projections import linear_function, mlp_function
 
 __all__ = ["with_functions"]
 
@@ -75,6 +76,22 @@ def _linear(node: ir.Node, target: str) -> ir.Function:
     )
 
 
+def _mlp(node: ir.Node, target: str) -> ir.Function:
+    bias = node.inputs[2] or node.inputs[4]
+    return mlp_function(
+        norm=node.attributes["norm"].as_string(),  # type: ignore[arg-type]
+        activation=node.attributes["activation"].as_string(),  # type: ignore[arg-type]
+        epsilon=node.attributes["epsilon"].as_float(),
+        up_bias=_there(node, 2),
+        down_bias=_there(node, 4),
+        residual=_there(node, 5),
+        norm_bias=_there(node, 7),
+        one_token=_one_token(node),
+        signal=_type(node.inputs[0]),
+        bias_type=None if bias is None else _type(bias),
+    )
+
+
 def _block_product(node: ir.Node) -> tuple[int, int] | None:
     """Outputs and inputs of a product of 4-bit codes."""
     if node.op_type != "LinearInt4":
@@ -92,6 +109,7 @@ _FORMS: dict[str, Callable[[ir.Node, str], ir.Function]] = {
     "Linear": _linear,
     "LinearFp8": _linear,
     "LinearInt4": _linear,
+    "MlpFp8": _mlp,
     "Sample": _sample,
 }
 

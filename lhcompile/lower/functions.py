@@ -1,7 +1,7 @@
 """The project's fused operators as ONNX functions: what each of them computes, in standard operators.
 
-A graph names the operators `HyenaMixer`, `HyenaStep`, `Linear` and `Sample` of domain "lhcompile" and carries these
-functions.
+A graph names the operators `HyenaMixer`, `HyenaStep` and `Sample` of domain "lhcompile", and the projections of
+`lower.projections`, and carries their functions.
 Where the library of runtimes/ops is registered, its kernels are taken; anywhere else the runtime inlines the function.
 So a function is the operator's specification, its fallback, and what the kernels are tested against.
 
@@ -13,25 +13,16 @@ arithmetic is float32 between inputs and outputs of any type, and tables are flo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import onnx_ir as ir
 
-from lhcompile.lower.body import DOMAIN, FLOAT, Body, Type
+from lhcompile.lower.body import DOMAIN, FLOAT, SHORT, Body, Type, flags
 from lhcompile.ssm import partners
 
-__all__ = ["call", "linear_function", "mixer_function", "sample_function"]
+__all__ = ["call", "mixer_function", "sample_function"]
 
 DOUBLE = Type.DOUBLE
-Norm = Literal["none", "layer", "rms"]
-Activation = Literal["none", "gelu", "gelu_tanh"]
-Projection = Literal["Linear", "LinearFp8", "LinearInt4"]
 _END = 2**63 - 1
-_BLOCK, _BYTES = 32, 4
-"""Inputs that share a scale of 4-bit codes; accuracy_level of MatMulNBits for products of bytes."""
-_LARGEST, _SMALLEST = 448.0, 1e-30
-"""The largest number of float8 e4m3; a row of a signal that is taken for zero."""
-_SHORT = {Type.FLOAT: "f32", Type.FLOAT16: "f16", Type.BFLOAT16: "bf16"}
 
 
 def call(function: ir.Function, inputs: Sequence[ir.Value | None]) -> ir.Node:
@@ -127,9 +118,9 @@ def mixer_function(
         s = body.op("Reshape", _packed(body, s, state, index), body.op("Shape", state))
     kept = [] if after is None else [body.kept(after, conv_state)]
     outputs = [body.back(y, signal), *kept, body.kept(s, recurrent_state)]
-    form = f"k{taps}n{order}b{block}o{outer}" + _flags(bias=bias, complex=complex_poles, packed=packed)
-    types = "_".join(_SHORT[t] for t in (signal, conv_state, recurrent_state))
-    overload = f"{form}_{types}{_flags(step=one_token)}"
+    form = f"k{taps}n{order}b{block}o{outer}" + flags(bias=bias, complex=complex_poles, packed=packed)
+    types = "_".join(SHORT[t] for t in (signal, conv_state, recurrent_state))
+    overload = f"{form}_{types}{flags(step=one_token)}"
     return body.function("HyenaStep" if apart else "HyenaMixer", overload, inputs, outputs, block=block, outer=outer)
 
 
@@ -211,148 +202,6 @@ def _packed(body: Body, state: ir.Value, packed: ir.Value, index: ir.Value) -> i
     return body.op("Gather", body.op("Flatten", state, axis=1), kept, axis=1)
 
 
-def linear_function(
-    *,
-    norm: Norm = "none",
-    activation: Activation = "none",
-    epsilon: float = 1e-5,
-    bias: bool = True,
-    residual: bool = False,
-    norm_bias: bool = False,
-    one_token: bool = False,
-    signal: Type = FLOAT,
-    bias_type: Type | None = None,
-    name: Projection = "Linear",
-    byte_signals: bool = False,
-    block_product: tuple[int, int] | None = None,
-) -> ir.Function:
-    """Linear: a projection with its neighbours, y = residual + activation(norm(x) Wᵀ + bias).
-
-    norm "layer" is (x − mean) / √(variance + epsilon) ∘ scale (+ norm_bias), "rms" is x / √(mean x² + epsilon) ∘ scale;
-    activation "gelu" is the one with erf, "gelu_tanh" the one with tanh.
-
-    Inputs: x [batch, time, K]; weight [N, K] of x's type; bias [N] of `bias_type` (x's type if None), optional;
-    residual [batch, time, N] of x's type, optional; norm_scale float [K], with a norm; norm_bias float [K], optional.
-    Output: y [batch, time, N]. What enters the product is rounded to x's type, its sum is float32, and everything
-    behind it is float32.
-
-    LinearFp8 has its product in 8 bits, (q Wᵀ) ∘ a ∘ weight_scale for q = round(norm(x) / a), a = max |norm(x)| / 448
-    for each row, so that no token depends on others in the call. weight and q are float8 e4m3; behind the other inputs
-    there is weight_scale float [N].
-
-    LinearInt4 has its weight in 4 bits, W = (code − 8) ∘ weight_scale in float32, rounded to x's type where that is of
-    16 bits; from there on it is Linear. weight is uint8 [N, K / 32, 16], two codes a byte, the even input in the lower
-    half; weight_scale float16 [N, K / 32] is behind the other inputs. K is a multiple of 32.
-
-    byte_signals: of a LinearInt4 of float32. Its accuracy_level is 4 then, as that of MatMulNBits, and what enters the
-    product is rounded to 8 bits: norm(x) becomes round(norm(x) / a) a for a = max |norm(x)| / 127 of each block.
-    block_product: (N, K), with byte_signals: the product is com.microsoft MatMulNBits, a fallback that is fast on a CPU
-    and rounds nearly so, but no specification.
-    """
-    names = "x weight bias residual norm_scale norm_bias" + " weight_scale" * (name != "Linear")
-    inputs = [ir.Value(name=each) for each in names.split()]
-    x, weight, offset, carried, scale, shift = inputs[:6]
-    fp8 = name == "LinearFp8"
-    body = Body()
-    x = body.cast(x, signal) if fp8 or norm != "none" else x
-    if norm != "none":
-        x = _normed(body, x, scale, shift if norm_bias else None, norm, epsilon)
-        x = x if fp8 else body.back(x, signal)
-    if block_product:
-        y = _product_blocks(body, x, weight, inputs[6], *block_product)
-    else:
-        rows = body.op("Squeeze", x, body.ints(1)) if one_token else body.op("Flatten", x, axis=2)
-        rows = _in_bytes(body, rows) if byte_signals else rows
-        y = _product(body, rows, weight, inputs[6] if name != "Linear" else None, name, signal)
-    if bias:
-        y = body.op("Add", y, body.cast(offset, bias_type or signal))
-    if activation != "none":
-        y = body.op("Gelu", y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    y = y if block_product else _in_time(body, y, inputs[0], one_token)
-    if residual:
-        y = body.op("Add", y, body.cast(carried, signal))
-    form = f"{norm}_{activation}" + _flags(bias=bias, residual=residual, shift=norm_bias)
-    form += f"_{_SHORT[signal]}" + ("" if bias_type in (None, signal) else f"_{_SHORT[bias_type]}")
-    if norm != "none":
-        form += f"_{epsilon:g}"
-    if block_product:
-        form += "_blocks_{}x{}".format(*block_product)
-    form += _flags(bytes=byte_signals, step=one_token)
-    attributes: dict[str, int | float | str] = {"norm": norm, "activation": activation, "epsilon": epsilon}
-    if name == "LinearInt4":
-        attributes["accuracy_level"] = _BYTES if byte_signals else 0
-    return body.function(name, form, inputs, [body.back(y, signal)], **attributes)
-
-
-def _in_time(body: Body, y: ir.Value, like: ir.Value, one_token: bool) -> ir.Value:
-    """[batch · time, N] → [batch, time, N], with the batch and time of `like`"""
-    if one_token:
-        return body.op("Unsqueeze", y, body.ints(1))
-    return body.op("Reshape", y, body.op("Concat", body.op("Shape", like, start=0, end=2), body.ints(-1), axis=0))
-
-
-def _product(
-    body: Body, rows: ir.Value, weight: ir.Value, unit: ir.Value | None, name: Projection, signal: Type
-) -> ir.Value:
-    """rows [batch · time, K] and the weight as the operator has it, with its scale → float32 [batch · time, N]"""
-    if unit is not None and name == "LinearFp8":
-        return _product_fp8(body, rows, weight, unit)
-    if unit is not None:
-        weight = _weight_int4(body, weight, unit, signal)
-    if signal == Type.BFLOAT16:  # processors have no product of these
-        return body.op("Gemm", body.cast(rows, signal), body.cast(weight, signal), transB=1)
-    return body.cast(body.op("Gemm", rows, weight, transB=1), signal)
-
-
-def _in_bytes(body: Body, rows: ir.Value) -> ir.Value:
-    """rows float32 [batch · time, K], rounded to 8 bits block by block"""
-    blocks = body.op("Reshape", rows, body.ints(0, -1, _BLOCK))
-    largest = body.op("ReduceMax", body.op("Abs", blocks), body.ints(-1), keepdims=1)
-    unit = body.op("Div", body.op("Max", largest, body.scalar(_SMALLEST, FLOAT)), body.scalar(127.0, FLOAT))
-    codes = body.op("Round", body.op("Div", blocks, unit))
-    return body.op("Reshape", body.op("Mul", codes, unit), body.ints(0, -1))
-
-
-def _product_fp8(body: Body, rows: ir.Value, weight: ir.Value, unit: ir.Value) -> ir.Value:
-    """rows float32 [batch · time, K], weight float8 [N, K], unit [N] → float32 [batch · time, N]"""
-    largest = body.op("ReduceMax", body.op("Abs", rows), body.ints(-1), keepdims=1)
-    own = body.op("Div", body.op("Max", largest, body.scalar(_SMALLEST, FLOAT)), body.scalar(_LARGEST, FLOAT))
-    codes = body.op("Cast", body.op("Div", rows, own), to=Type.FLOAT8E4M3FN)
-    y = body.op("Gemm", body.op("Cast", codes, to=FLOAT), body.op("Cast", weight, to=FLOAT), transB=1)
-    return body.op("Mul", body.op("Mul", y, own), unit)
-
-
-def _product_blocks(
-    body: Body, x: ir.Value, weight: ir.Value, unit: ir.Value, outputs: int, inputs: int
-) -> ir.Value:
-    """x float32 [batch, time, inputs], weight and unit as LinearInt4 has them → [batch, time, outputs]"""
-    sizes = {"N": outputs, "K": inputs, "bits": 4, "block_size": _BLOCK, "accuracy_level": _BYTES}
-    return body.op("com.microsoft::MatMulNBits", x, weight, body.cast(unit, Type.FLOAT16), **sizes)
-
-
-def _weight_int4(body: Body, codes: ir.Value, scale: ir.Value, signal: Type) -> ir.Value:
-    """uint8 [N, K / 32, 16] and float16 [N, K / 32] → the weight [N, K] of the signal's type"""
-    lower = body.op("BitwiseAnd", codes, body.scalar(15, Type.UINT8))
-    upper = body.op("BitShift", codes, body.scalar(4, Type.UINT8), direction="RIGHT")
-    pairs = body.op("Concat", *(body.op("Unsqueeze", each, body.ints(-1)) for each in (lower, upper)), axis=-1)
-    codes = body.op("Cast", body.op("Reshape", pairs, body.ints(0, 0, -1)), to=FLOAT)
-    unit = body.op("Unsqueeze", body.cast(scale, Type.FLOAT16), body.ints(-1))
-    weight = body.op("Mul", body.op("Sub", codes, body.scalar(8.0, FLOAT)), unit)
-    return body.back(body.op("Reshape", weight, body.ints(0, -1)), signal)
-
-
-def _normed(
-    body: Body, x: ir.Value, scale: ir.Value, shift: ir.Value | None, norm: Norm, epsilon: float
-) -> ir.Value:
-    """Normalized over the last axis, in float32."""
-    if norm == "layer":
-        return body.op("LayerNormalization", x, scale, *([shift] if shift else []), axis=-1, epsilon=epsilon)
-    square = body.op("ReduceMean", body.op("Mul", x, x), body.ints(-1), keepdims=1)
-    root = body.op("Sqrt", body.op("Add", square, body.scalar(epsilon, FLOAT)))
-    x = body.op("Mul", body.op("Div", x, root), scale)
-    return x if shift is None else body.op("Add", x, shift)
-
-
 def sample_function(*, signal: Type = FLOAT) -> ir.Function:
     """Sample: the next token of every row, in double precision.
 
@@ -399,8 +248,4 @@ def sample_function(*, signal: Type = FLOAT) -> ir.Function:
     best = body.op("Slice", ids, body.ints(0), body.ints(1), column)
     tokens = body.op("Where", greedy, best, drawn)
     tokens.type = ir.TensorType(Type.INT64)
-    return body.function("Sample", _SHORT[signal], inputs, [tokens])
-
-
-def _flags(**flags: bool) -> str:
-    return "".join(f"_{name}" for name, there in flags.items() if there)
+    return body.function("Sample", SHORT[signal], inputs, [tokens])

@@ -22,7 +22,7 @@ from lhcompile.artifacts import Allotted, Lowered, Part, Quantized
 from lhcompile.config import QuantizeConfig
 from lhcompile.errors import LowerError
 from lhcompile.quantize.blocks import fixed_signals, fused_weight, integer_products, integer_table, linear_weight
-from lhcompile.quantize.fp8 import fp8_products
+from lhcompile.quantize.fp8 import JoinMlp, fp8_products
 from lhcompile.quantize.halves import half_products, half_table, half_weight
 from lhcompile.quantize.int4 import int4_products, int4_table, whole_blocks
 from lhcompile.quantize.program import quantize_poles
@@ -95,6 +95,7 @@ def quantize(lowered: Lowered, config: QuantizeConfig, plan: Plan | None = None)
         model.opset_imports[""] = max(OPSET, model.opset_imports[""])
         model.ir_version = max(IR_VERSION, model.ir_version)
         if lowered.target == "cuda" and config.quantize in FUSED:
+            JoinMlp()(model)
             HalfSignals(config.quantize)(model)
         return _tidy(model)
 

@@ -24,9 +24,10 @@ __all__ = ["FUSED", "HalfSignals"]
 _FLOAT16 = ir.DataType.FLOAT16
 FUSED = {"fp16": _FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp8": _FLOAT16, "int4": _FLOAT16}
 """Precisions that fused operators read as they are, and the type of signals with each."""
-_HEARD = {"HyenaMixer": (0,), "Linear": (0, 3), "LinearFp8": (0, 3), "LinearInt4": (0, 3)}
+_HEARD = {"HyenaMixer": (0,), "Linear": (0, 3), "LinearFp8": (0, 3), "LinearInt4": (0, 3), "MlpFp8": (0, 5)}
 """Inputs of fused operators that are signals; the first output is one."""
-_BIAS = 2
+_BIASES = {"Linear": (2,), "LinearFp8": (2,), "LinearInt4": (2,), "MlpFp8": (2, 4)}
+"""Their biases, which become of the same type."""
 _ELEMENTWISE = {"Add", "Mul", "Sub", "Sigmoid", "Tanh", "Relu", "Gelu"}
 _NUMPY = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
 
@@ -46,8 +47,9 @@ class HalfSignals(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, False)
         for node in fused:
             casts.enclose(node, _HEARD[node.op_type])
-            if node.op_type != "HyenaMixer" and (bias := _input(node, _BIAS)) is not None:
-                node.replace_input_with(_BIAS, self._rounded(graph, bias))
+            for place in _BIASES.get(node.op_type, ()):
+                if (bias := _input(node, place)) is not None:
+                    node.replace_input_with(place, self._rounded(graph, bias))
         casts.cancel()
         if self._dtype == ir.DataType.FLOAT16:  # few runtimes have elementwise operators of the other type
             for node in _elementwise(graph, self._dtype):

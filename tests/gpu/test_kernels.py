@@ -10,7 +10,7 @@ from dataclasses import replace
 import onnx_ir as ir
 import pytest
 import torch
-from operators import LOUD, Call, Linear, Mixer, Sample, error, kept_error
+from operators import LOUD, Call, Linear, Mixer, Mlp, Sample, error, kept_error
 from torch import Tensor
 
 from bench.kernels import LIBRARY, Kernels
@@ -178,6 +178,46 @@ def test_linear_in_eight_bits(
     signal, bias_type = kind
     linear = replace(EIGHTS[name], batch=rows, time=1, signal=signal, bias_type=bias_type, name="LinearFp8")
     assert error(projected(kernels, linear), linear.expected()[0]) <= 1.5 * BUDGET[signal] + 2e-3
+
+
+MLPS = {
+    "plain": Mlp(norm="none", activation="none", up_bias=False, down_bias=False, residual=False),
+    "layer": Mlp(width=512, hidden=2048, out=512, norm_bias=True),
+    "rms": Mlp(width=2048, hidden=304, out=2048, norm="rms", activation="gelu"),
+    "large": Mlp(width=1024, hidden=4096, out=1024),
+    "odd tiles": Mlp(width=272, hidden=784, out=80, norm="layer", residual=False),
+}
+
+
+@pytest.mark.parametrize("name", MLPS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 9, 64, 200, 700])
+@pytest.mark.parametrize("kind", [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
+@pytest.mark.parametrize("withheld", [False, True])
+def test_mlp_in_eight_bits(
+    kernels: Kernels, name: str, rows: int, kind: tuple[ir.DataType, ir.DataType | None], withheld: bool
+) -> None:
+    """Numbers at the edge between two codes fall to either side, and GELU of the tensor cores' product has 11 bits."""
+    signal, bias_type = kind
+    mlp = replace(MLPS[name], batch=rows, time=1, signal=signal, bias_type=bias_type)
+    kernels.withhold_eight(withheld)
+    try:
+        given = computed(*kernels.mlp(placed(mlp.call()), mlp.norm, mlp.activation, mlp.epsilon))[0]
+    finally:
+        kernels.withhold_eight(False)
+    assert error(given, mlp.expected()[0]) <= 1.5 * BUDGET[signal] + 8e-3
+
+
+def test_rows_of_an_mlp_do_not_depend_on_their_neighbours(kernels: Kernels) -> None:
+    """Among as many others, to the last bit."""
+    mlp = replace(MLPS["large"], batch=300, time=1, signal=HALF)
+    inputs = list(placed(mlp.call()))
+    (y,) = computed(*kernels.mlp(tuple(inputs), mlp.norm, mlp.activation))
+    for place in (0, 5):
+        others = inputs[place]
+        assert others is not None
+        inputs[place] = others.roll(130, 0).contiguous()
+    (rolled,) = computed(*kernels.mlp(tuple(inputs), mlp.norm, mlp.activation))
+    assert torch.equal(rolled, y.roll(130, 0))
 
 
 FOURS = {

@@ -16,10 +16,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from operators import FORMS, LOUD, Call, Linear, Mixer, Sample, error, kept_error, run
+from operators import FORMS, LOUD, Call, Linear, Mixer, Mlp, Sample, error, kept_error, run
 
 from lhcompile.artifacts import LARGEST_HALF
-from lhcompile.lower.functions import Activation
+from lhcompile.lower.projections import Activation
 
 FLOAT, HALF, BRAIN = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 BUILT = Path(__file__).parents[2] / "build" / "ops" / "liblhcompile_ops.so"
@@ -199,6 +199,41 @@ def test_linear_in_eight_bits(library: Path, name: str, signal: ir.DataType, bia
     (given,), (wanted,), (function,) = run(call, library), linear.expected(), run(call)
     assert error(given, wanted) <= BUDGET[signal] + 2e-3
     assert error(given, function) <= 2 * BUDGET[signal] + 2e-3
+
+
+MLPS = {
+    "layer": Mlp(),
+    "rms, no biases": Mlp(norm="rms", activation="gelu", up_bias=False, down_bias=False),
+    "rms with bias": Mlp(norm="rms", norm_bias=True, width=48, hidden=208, residual=False),
+    "no norm": Mlp(norm="none", activation="none", batch=5, down_bias=False),
+    "everything": Mlp(norm_bias=True, activation="gelu", width=256, hidden=1024, out=256, batch=3),
+}
+HELD = 2e-3
+"""What a number at the edge between two codes may change, between the products of an MLP and before them."""
+
+
+@pytest.mark.parametrize("name", MLPS)
+@pytest.mark.parametrize("one_token", [True, False])
+@pytest.mark.parametrize(("signal", "bias_type"), [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
+def test_mlp_in_eight_bits(
+    library: Path, name: str, one_token: bool, signal: ir.DataType, bias_type: ir.DataType | None
+) -> None:
+    mlp = replace(MLPS[name], one_token=one_token, signal=signal, bias_type=bias_type)
+    mlp = replace(mlp, time=1) if one_token else mlp
+    (given,), (wanted,), (function,) = run(mlp.call(), library), mlp.expected(), run(mlp.call())
+    assert given.dtype == function.dtype
+    assert error(given, wanted) <= BUDGET[signal] + HELD
+    assert error(function, wanted) <= BUDGET[signal] + HELD
+
+
+def test_an_mlp_of_zeros(library: Path) -> None:
+    call = Mlp(norm="none", up_bias=False, residual=False).call()
+    x, bias = call.inputs[0], call.inputs[4]
+    assert x is not None
+    assert bias is not None
+    call = replace(call, inputs=(torch.zeros_like(x), *call.inputs[1:]))
+    for (y,) in (run(call), run(call, library)):
+        assert torch.equal(y, bias.expand_as(y))
 
 
 FOURS = {name: replace(linear, width=64) for name, linear in FORMS.items()} | LARGER | {

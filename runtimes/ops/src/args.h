@@ -60,6 +60,10 @@ struct LinearArgs {
   const float *norm_scale, *norm_bias;                      // norm_bias may be null
   void* y;
   int32_t bytes;  // x of float32 is rounded to 8 bits beside weights of 4; on processors
+  // Of the halves of MlpFp8. x_unit: x has codes e4m3, and this is what a 1 in them means, for each row. y_unit: y is to
+  // have them, with max(reach[0] · ‖norm(x)‖ + reach[1], 1e-30) / 448 for each row, which is written there.
+  const float *x_unit, *reach;
+  float* y_unit;
 };
 
 struct SampleArgs {

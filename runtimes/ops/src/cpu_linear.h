@@ -89,10 +89,19 @@ inline void in_order_of_codes(const LinearArgs& a, float* x) {
 template <typename T>
 void prepare(const LinearArgs& a, float* to, int64_t row) {
   float* x = to + row * row_of(a);
-  widen_all(static_cast<const T*>(a.x) + row * a.width, x, a.width);
   float& unit = to[a.rows * row_of(a) + row];
   unit = 1;
+  if (a.x_unit) {  // codes already
+    widen_all(static_cast<const Eight*>(a.x) + row * a.width, x, a.width);
+    unit = a.x_unit[row];
+    return;
+  }
+  widen_all(static_cast<const T*>(a.x) + row * a.width, x, a.width);
   if (a.norm != Norm::none) normalize(a, x);
+  if (a.y_unit) {
+    const float bound = static_cast<float>(std::sqrt(moment<2>(x, a.width, 0))) * a.reach[0] + a.reach[1];
+    a.y_unit[row] = std::max(bound, kSmallest) / kLargest;
+  }
   if (a.weight_type == Type::e4m3) {
     float largest = kSmallest;
     for (int64_t i = 0; i < a.width; i++) largest = std::max(largest, std::fabs(x[i]));
@@ -126,6 +135,10 @@ void finish(const LinearArgs& a, int64_t row, int64_t first, int64_t count, floa
     for (int64_t i = 0; i < count; i += kWidth)
       *reinterpret_cast<Floats*>(totals + i) = activated(a.activation, load(totals + i));
   if (a.residual) add_all(static_cast<const T*>(a.residual) + at, totals, count);
+  if (a.y_unit) {
+    for (int64_t i = 0; i < count; i++) totals[i] /= a.y_unit[row];
+    return narrow_all(totals, static_cast<Eight*>(a.y) + at, count);
+  }
   narrow_all(totals, static_cast<T*>(a.y) + at, count);
 }
 

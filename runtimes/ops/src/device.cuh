@@ -143,6 +143,11 @@ __device__ inline float from_eight(uint8_t bits) {
   return __half2float(__half(__nv_cvt_fp8_to_halfraw(bits, __NV_E4M3)));
 }
 
+// What a 1 means in a row of y that is kept in 8 bits, by the square of the norm of the row that enters.
+__device__ inline float reached(const LinearArgs& a, float square) {
+  return fmaxf(sqrtf(square) * a.reach[0] + a.reach[1], kSmallest) / kLargest;
+}
+
 __device__ inline float activated(Activation kind, float x) {
   if (kind == Activation::gelu) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
   if (kind == Activation::gelu_tanh)
@@ -185,6 +190,7 @@ const char* launch(void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shar
 
 struct Gpu {
   int processors, shared;  // multiprocessors; bytes of shared memory that a block may have
+  int capability;          // 90 is 9.0
 };
 
 // Of the current device.
@@ -196,6 +202,10 @@ inline const Gpu& gpu() {
   if (one.processors == 0) {
     cudaDeviceGetAttribute(&one.processors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&one.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    int minor = 0;
+    cudaDeviceGetAttribute(&one.capability, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    one.capability = 10 * one.capability + minor;
   }
   return one;
 }

@@ -13,7 +13,6 @@ namespace lhcompile {
 
 constexpr int kWarps = 8, kThreadsFew = 32 * kWarps;
 constexpr int kTile = 16;        // outputs
-constexpr int kMostRows = 8;     // of x
 constexpr int kPiece = 256;      // bytes of a row of the weight
 constexpr int kRowPadding = 64;  // bytes between rows of x, which then lie in different banks
 
@@ -171,7 +170,13 @@ struct Ending {
   __device__ void say(const LinearArgs& a, float total, const float* units) const {
     if (output >= a.out) return;
     if (a.weight_type == Type::e4m3) total *= units[row];
-    narrow(activated(a.activation, total * scale + bias) + residual, static_cast<T*>(a.y) + row * a.out + output);
+    total = activated(a.activation, total * scale + bias) + residual;
+    const int64_t at = row * a.out + output;
+    if (a.y_unit) {
+      static_cast<uint8_t*>(a.y)[at] = to_eight(total / units[kMostRows + row]);
+    } else {
+      narrow(total, static_cast<T*>(a.y) + at);
+    }
   }
 };
 
@@ -200,7 +205,8 @@ struct Sums {
   }
 };
 
-template <typename W, typename T>
+// kCoded: x has codes already
+template <typename W, typename T, bool kCoded>
 __global__ void __launch_bounds__(kThreadsFew, 2) few_rows(const __grid_constant__ FewArgs g) {
   extern __shared__ __align__(128) char memory[];
   using Entry = typename W::Entry;
@@ -214,17 +220,23 @@ __global__ void __launch_bounds__(kThreadsFew, 2) few_rows(const __grid_constant
   release_next();
   constexpr int kRing = kWarps * W::kStages * (Stream<W>::kSlot + static_cast<int>(sizeof(uint64_t)));
   auto* units = reinterpret_cast<float*>(memory + kRing);
-  const Sums sums{units + kMostRows + 2 * kWarps, rows};
+  const Sums sums{units + 2 * kMostRows + 2 * kWarps, rows};
   auto* x = reinterpret_cast<Entry*>(sums.of(g.most_tiles, 0));
   const int padded = g.pieces * (kPiece / 16) * W::kInputs,
             stride = padded + kRowPadding / static_cast<int>(sizeof(Entry));
   Ending<T> ending;
   const int place = threadIdx.x;
   ending.expect(a, first * kTile, place);
-  const Entering<T, Entry, kWarps, (W::kScales > 0)> entering(a, x, units, units + kMostRows, stride, padded);
-  await_previous();
-  ending.hear(a);
-  entering.take();
+  if constexpr (kCoded) {
+    await_previous();
+    ending.hear(a);
+    enter_codes(a, x, units, stride, padded);
+  } else {
+    const Entering<T, Entry, kWarps, (W::kScales > 0)> entering(a, x, units, units + 2 * kMostRows, stride, padded);
+    await_previous();
+    ending.hear(a);
+    entering.take();
+  }
 
   const int lane = threadIdx.x % 32, row = lane / 4;
   const Entry* heard = x + (row < rows ? row : 0) * stride + lane % 4 * W::kInputs;
@@ -288,7 +300,7 @@ size_t few_shared(const LinearArgs& a) {
   const FewArgs g = few_args<W>(a);
   const size_t entries = static_cast<size_t>(g.pieces) * (kPiece / 16) * W::kInputs;
   return kWarps * W::kStages * (Stream<W>::kSlot + sizeof(uint64_t)) +
-         4 * (kMostRows + 2 * kWarps + g.most_tiles * kWarps * kTile * a.rows) +
+         4 * (2 * kMostRows + 2 * kWarps + g.most_tiles * kWarps * kTile * a.rows) +
          a.rows * (entries * sizeof(typename W::Entry) + kRowPadding);
 }
 
@@ -301,7 +313,10 @@ bool few_serves(const LinearArgs& a) {
 template <typename W, typename T>
 const char* launch_few(const LinearArgs& a, void* stream) {
   const dim3 grid(static_cast<unsigned>(few_blocks(a)));
-  return launch(few_rows<W, T>, grid, dim3(kThreadsFew), few_shared<W>(a), stream, few_args<W>(a));
+  auto kernel = few_rows<W, T, false>;
+  if constexpr (std::is_same_v<W, Eight>)
+    if (a.x_unit) kernel = few_rows<W, T, true>;
+  return launch(kernel, grid, dim3(kThreadsFew), few_shared<W>(a), stream, few_args<W>(a));
 }
 
 }  // namespace lhcompile

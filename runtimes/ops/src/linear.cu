@@ -2,6 +2,7 @@
 // before it, one that makes numbers of 4-bit codes, and one after it for what cuBLASLt cannot add itself.
 #include "cublaslt.h"
 #include "cuda.h"
+#include "eight.h"
 #include "few_rows.cuh"
 #include "gemv.cuh"
 
@@ -87,15 +88,17 @@ __global__ void __launch_bounds__(kThreads) normalize(const __grid_constant__ Li
       normed(i, each, result);
       store<T, V>(result, static_cast<T*>(to) + row + i);
     });
-  float largest = 0;
+  float largest = 0, norm = 0;
   all([&](int i, Numbers each) {
     float result[V];
     normed(i, each, result);
 #pragma unroll
-    for (int j = 0; j < V; j++) largest = fmaxf(largest, fabsf(result[j]));
+    for (int j = 0; j < V; j++) largest = fmaxf(largest, fabsf(result[j])), norm += result[j] * result[j];
   });
   const float unit = fmaxf(block_max(largest), kSmallest) / kLargest;
+  if (a.y_unit) norm = block_sum(norm);
   if (threadIdx.x == 0) units[blockIdx.x] = unit;
+  if (threadIdx.x == 0 && a.y_unit) a.y_unit[blockIdx.x] = reached(a, norm);
   all([&](int i, Numbers each) {
     float result[V];
     Vector<uint8_t, V> codes;
@@ -106,23 +109,26 @@ __global__ void __launch_bounds__(kThreads) normalize(const __grid_constant__ Li
   });
 }
 
-// y = residual + activation(y + bias)
+// y = residual + activation(product + bias), in codes where they are wanted
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ LinearArgs a) {
+__global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ LinearArgs a, const T* product) {
   release_next();
   await_previous();
   const int64_t place = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V;
   if (place >= a.rows * a.out) return;
-  T* y = static_cast<T*>(a.y) + place;
   float each[V], carried[V] = {};
-  load<T, V>(y, each);
+  load<T, V>(product + place, each);
   if (a.residual) load<T, V>(static_cast<const T*>(a.residual) + place, carried);
 #pragma unroll
   for (int j = 0; j < V; j++) {
     if (a.bias) each[j] += load_any(a.bias, a.bias_type, place % a.out + j);
     each[j] = activated(a.activation, each[j]) + carried[j];
   }
-  store<T, V>(each, y);
+  if (!a.y_unit) return store<T, V>(each, static_cast<T*>(a.y) + place);
+  Vector<uint8_t, V> codes;
+#pragma unroll
+  for (int j = 0; j < V; j++) codes.element[j] = to_eight(each[j] / a.y_unit[place / a.out]);
+  put(codes, static_cast<uint8_t*>(a.y) + place);
 }
 
 // The weight of 4-bit codes, [out, width]: a thread has sixteen bytes of codes, which share a scale.
@@ -145,27 +151,43 @@ __global__ void __launch_bounds__(kThreads) expand(const __grid_constant__ Linea
   }
 }
 
-// In scratch memory: x as it enters the product, the scales of its rows behind it, and then the weight.
+size_t padded(int64_t bytes) { return static_cast<size_t>(bytes + 255) / 256 * 256; }
+
+// Whether x enters the product in codes, but has to be made them.
+bool is_to_be_coded(const LinearArgs& a) { return a.weight_type == Type::e4m3 && !a.x_unit; }
+
+// In scratch memory: x as it enters the product, the scales of its rows behind it, then the weight, and the product.
 struct Room {
-  size_t x = 0, units = 0, weight = 0;
+  size_t x = 0, units = 0, weight = 0, product = 0;
   explicit Room(const LinearArgs& a) {
-    const bool eight = a.weight_type == Type::e4m3;
-    auto padded = [](int64_t bytes) { return static_cast<size_t>(bytes + 255) / 256 * 256; };
+    const bool eight = is_to_be_coded(a);
     if (a.norm != Norm::none || eight) x = padded(a.rows * a.width * (eight ? 1 : size_of(a.signal)));
     if (eight) units = padded(a.rows * 4);
     if (a.weight_type == Type::u8) weight = padded(a.out * a.width * size_of(a.signal));
+    if (a.y_unit && !eight_serves(a.width, a.out)) product = padded(a.rows * a.out * size_of(a.signal));
   }
+  size_t all() const { return x + units + weight + product; }
 };
+
+const char* product_in_codes(const LinearArgs& a, const void* x, const float* units, void* stream) {
+  EightArgs e{};
+  e.rows = a.rows, e.width = a.width, e.out = a.out, e.bias_type = a.bias_type, e.activation = a.activation;
+  e.x = x, e.weight = a.weight, e.bias = a.bias, e.x_unit = units, e.y_unit = a.y_unit, e.y = a.y;
+  e.weight_unit = static_cast<const float*>(a.weight_scale);
+  return eight_cuda(e, stream);
+}
 
 template <typename T>
 const char* many_rows(const LinearArgs& a, void* scratch, void* stream) {
   constexpr int kFew = 16 / sizeof(T);
   const bool eight = a.weight_type == Type::e4m3, four = a.weight_type == Type::u8;
   const Room room(a);
+  auto* memory = static_cast<char*>(scratch);
   const void *x = a.x, *weight = a.weight;
-  auto* units = eight ? reinterpret_cast<float*>(static_cast<char*>(scratch) + room.x) : nullptr;
+  auto* units = room.units ? reinterpret_cast<float*>(memory + room.x) : nullptr;
+  const float* x_unit = a.x_unit ? a.x_unit : units;
   if (four) {
-    auto* to = static_cast<char*>(scratch) + room.x + room.units;
+    auto* to = memory + room.x + room.units;
     const dim3 grid(static_cast<unsigned>((a.out * (a.width / 32) + kThreads - 1) / kThreads));
     if (const char* problem = launch(expand<T>, grid, dim3(kThreads), 0, stream, a, to)) return problem;
     weight = to;
@@ -177,10 +199,12 @@ const char* many_rows(const LinearArgs& a, void* scratch, void* stream) {
     if (const char* problem = launch(kernel, grid, dim3(kThreads), 0, stream, a, scratch, units)) return problem;
     x = scratch;
   }
+  if (a.y_unit && !room.product) return product_in_codes(a, x, x_unit, stream);
+  auto* product = static_cast<T*>(room.product ? memory + room.x + room.units + room.weight : a.y);
   Product p{};
   p.rows = a.rows, p.width = a.width, p.out = a.out, p.type = a.signal, p.inputs = four ? a.signal : a.weight_type;
-  p.x = x, p.weight = weight, p.y = a.y;
-  if (eight) p.x_scale = units, p.weight_scale = static_cast<const float*>(a.weight_scale);
+  p.x = x, p.weight = weight, p.y = product;
+  if (eight) p.x_scale = x_unit, p.weight_scale = static_cast<const float*>(a.weight_scale);
   LinearArgs rest = a;
   if (!a.bias || (a.bias_type == a.signal && !(eight && a.signal == Type::f32))) {  // the product adds it, perhaps more
     p.bias = a.bias, rest.bias = nullptr;
@@ -188,11 +212,11 @@ const char* many_rows(const LinearArgs& a, void* scratch, void* stream) {
     if (a.activation == Activation::none) p.residual = a.residual, rest.residual = nullptr;
   }
   if (const char* problem = multiply(p, stream)) return problem;
-  if (!rest.bias && !rest.residual && rest.activation == Activation::none) return nullptr;
+  if (!rest.bias && !rest.residual && rest.activation == Activation::none && !a.y_unit) return nullptr;
   const auto kernel = a.out % kFew ? finish<T, 1> : finish<T, kFew>;
   const int64_t each = kThreads * (a.out % kFew ? 1 : kFew);
   const dim3 grid(static_cast<unsigned>((a.rows * a.out + each - 1) / each));
-  return launch(kernel, grid, dim3(kThreads), 0, stream, rest);
+  return launch(kernel, grid, dim3(kThreads), 0, stream, rest, product);
 }
 
 template <typename W, typename T>
@@ -209,10 +233,7 @@ const char* linear(const LinearArgs& a, void* scratch, void* stream) {
 
 }  // namespace
 
-size_t linear_scratch(const LinearArgs& a) {
-  const Room room(a);
-  return room.x + room.units + room.weight;
-}
+size_t linear_scratch(const LinearArgs& a) { return Room(a).all(); }
 
 const char* linear_cuda(const LinearArgs& a, void* scratch, void* stream) {
   const bool four = a.weight_type == Type::u8;

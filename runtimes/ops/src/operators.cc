@@ -103,13 +103,11 @@ struct MixerKernel {
   int64_t block, outer;
 };
 
-// ---- Linear ---------------------------------------------------------------------------------------------------------
+// ---- Linear, and MlpFp8 of two of them --------------------------------------------------------------------------------
 
-constexpr int64_t kBytes = 4;  // the accuracy_level of LinearInt4, as of MatMulNBits, that rounds x to 8 bits
-
-struct LinearKernel {
-  LinearKernel(const OrtKernelInfo* given, Device on) : device(on), constants(given) {
-    Ort::ConstKernelInfo info(given);
+// The attributes of projections.
+struct Settings {
+  explicit Settings(const Ort::ConstKernelInfo& info) {
     auto one_of = [](const char* what, const std::string& name, std::initializer_list<const char*> names) {
       int place = 0;
       for (const char* known : names) {
@@ -122,8 +120,32 @@ struct LinearKernel {
     activation = static_cast<Activation>(
         one_of("activation", info.GetAttribute<std::string>("activation"), {"none", "gelu", "gelu_tanh"}));
     epsilon = info.GetAttribute<float>("epsilon");
+  }
+  Norm norm;
+  Activation activation;
+  float epsilon;
+};
+
+void project(const Ort::KernelContext& context, const LinearArgs& args, Device device) {
+#ifdef LHCOMPILE_CUDA
+  if (device == Device::cuda) {
+    Scratch scratch(context, linear_scratch(args), device);
+    return require_done(linear_cuda(args, scratch.data(), context.GetGPUComputeStream()));
+  }
+#endif
+  const CpuKernels& kernels = cpu_kernels();
+  Scratch scratch(context, static_cast<size_t>(kernels.linear_scratch(args)), device);
+  parallel(context, args.rows, [&](int64_t i) { kernels.linear_prepare(args, scratch.data(), i, i + 1); });
+  parallel(context, kernels.linear_items(args), [&](int64_t i) { kernels.linear(args, scratch.data(), i, i + 1); });
+}
+
+constexpr int64_t kBytes = 4;  // the accuracy_level of LinearInt4, as of MatMulNBits, that rounds x to 8 bits
+
+struct LinearKernel {
+  LinearKernel(const OrtKernelInfo* given, Device on)
+      : device(on), constants(given), settings(Ort::ConstKernelInfo(given)) {
     try {
-      accuracy = info.GetAttribute<int64_t>("accuracy_level");
+      accuracy = Ort::ConstKernelInfo(given).GetAttribute<int64_t>("accuracy_level");
     } catch (const Ort::Exception&) {  // of LinearInt4 alone
     }
   }
@@ -151,38 +173,71 @@ struct LinearKernel {
     require(!residual || residual.shape == shape,
             [&] { return "residual is " + text(residual.shape) + ", expected " + text(shape); });
     args.residual = residual.data;
-    args.norm = norm, args.activation = activation, args.epsilon = epsilon;
+    args.norm = settings.norm, args.activation = settings.activation, args.epsilon = settings.epsilon;
     args.norm_scale = inputs.table(4, "norm_scale", {args.width});
     args.norm_bias = inputs.table(5, "norm_bias", {args.width});
-    require((norm == Norm::none) == (args.norm_scale == nullptr), "norm_scale and norm go together");
+    require((args.norm == Norm::none) == (args.norm_scale == nullptr), "norm_scale and norm go together");
     if (codes) args.weight_scale = inputs.data(6, "weight_scale", {args.out, blocks});
     if (weight.type == Type::e4m3) args.weight_scale = inputs.data(6, "weight_scale", {args.out});
     args.x = x.data, args.weight = weight.data;
     args.bytes = accuracy == kBytes && codes && x.type == Type::f32;
     args.y = context.GetOutput(0, shape).GetTensorMutableRawData();
     if (args.rows == 0) return;
-    run(context, args);
-  }
-
-  void run(const Ort::KernelContext& context, const LinearArgs& args) {
-#ifdef LHCOMPILE_CUDA
-    if (device == Device::cuda) {
-      Scratch scratch(context, linear_scratch(args), device);
-      return require_done(linear_cuda(args, scratch.data(), context.GetGPUComputeStream()));
-    }
-#endif
-    const CpuKernels& kernels = cpu_kernels();
-    Scratch scratch(context, static_cast<size_t>(kernels.linear_scratch(args)), device);
-    parallel(context, args.rows, [&](int64_t i) { kernels.linear_prepare(args, scratch.data(), i, i + 1); });
-    parallel(context, kernels.linear_items(args), [&](int64_t i) { kernels.linear(args, scratch.data(), i, i + 1); });
+    project(context, args, device);
   }
 
   Device device;
   Constants constants;
-  Norm norm;
-  Activation activation;
-  float epsilon;
+  Settings settings;
   int64_t accuracy = 0;
+};
+
+struct MlpKernel {
+  MlpKernel(const OrtKernelInfo* given, Device on)
+      : device(on), constants(given), settings(Ort::ConstKernelInfo(given)) {}
+
+  void Compute(OrtKernelContext* given) {
+    Ort::KernelContext context(given);
+    const Inputs inputs(context, constants);
+    const Input x = inputs[0], first = inputs[1], second = inputs[3], residual = inputs[5];
+    require(!x.shape.empty() && first.shape.size() == 2 && second.shape.size() == 2,
+            "x of MlpFp8 is a scalar, or a weight has not two axes");
+    LinearArgs up{}, down{};
+    up.rows = down.rows = 1, up.signal = down.signal = x.type;
+    for (size_t axis = 0; axis + 1 < x.shape.size(); axis++) down.rows = up.rows *= x.shape[axis];
+    up.width = x.shape.back(), up.out = down.width = first.shape[0], down.out = second.shape[0];
+    Shape shape = x.shape;
+    shape.back() = down.out;
+    require(!residual || residual.shape == shape,
+            [&] { return "residual is " + text(residual.shape) + ", expected " + text(shape); });
+    take_weight(inputs, 1, 8, up);
+    take_weight(inputs, 3, 9, down);
+    up.norm = settings.norm, up.activation = settings.activation, up.epsilon = settings.epsilon;
+    up.norm_scale = inputs.table(6, "norm_scale", {up.width});
+    up.norm_bias = inputs.table(7, "norm_bias", {up.width});
+    require((up.norm == Norm::none) == (up.norm_scale == nullptr), "norm_scale and norm go together");
+    up.reach = inputs.table(10, "reach", {2});
+    up.x = x.data, down.residual = residual.data;
+    down.y = context.GetOutput(0, shape).GetTensorMutableRawData();
+    if (up.rows == 0) return;
+    const size_t codes = static_cast<size_t>(up.rows * up.out + 255) / 256 * 256;
+    const Scratch between(context, codes + static_cast<size_t>(up.rows) * sizeof(float), device);
+    up.y = between.data(), down.x = between.data();
+    up.y_unit = reinterpret_cast<float*>(static_cast<char*>(between.data()) + codes), down.x_unit = up.y_unit;
+    project(context, up, device);
+    project(context, down, device);
+  }
+
+  static void take_weight(const Inputs& inputs, size_t at, size_t scale_at, LinearArgs& args) {
+    args.weight = inputs.data(at, "a weight of MlpFp8", {args.out, args.width}), args.weight_type = Type::e4m3;
+    args.weight_scale = inputs.data(scale_at, "a scale of MlpFp8", {args.out});
+    const Input bias = inputs.shaped(at + 1, "a bias of MlpFp8", {args.out});
+    args.bias = bias.data, args.bias_type = bias.type;
+  }
+
+  Device device;
+  Constants constants;
+  Settings settings;
 };
 
 // ---- Sample ---------------------------------------------------------------------------------------------------------
@@ -260,12 +315,14 @@ struct Registry {
   std::deque<Operator<MixerKernel<true>>> steps;
   std::deque<Operator<LinearKernel>> linears;
   std::deque<Operator<SampleKernel>> samples;
+  std::deque<Operator<MlpKernel>> mlps;
 
   Registry() {
     add(Device::cpu);
 #ifdef LHCOMPILE_CUDA
     add(Device::cuda);
 #endif
+    for (auto& each : mlps) domain.Add(&each);
     for (auto& each : mixers) domain.Add(&each);
     for (auto& each : steps) domain.Add(&each);
     for (auto& each : linears) domain.Add(&each);
@@ -278,6 +335,9 @@ struct Registry {
                          std::vector<Type>{signal});
     linears.emplace_back("LinearFp8", device, std::vector<Type>{signal, Type::e4m3, bias, signal, f, f, f}, 0b1000011,
                          std::vector<Type>{signal});
+    mlps.emplace_back("MlpFp8", device,
+                      std::vector<Type>{signal, Type::e4m3, bias, Type::e4m3, bias, signal, f, f, f, f, f},
+                      0b11100001011, std::vector<Type>{signal});
     linears.emplace_back("LinearInt4", device, std::vector<Type>{signal, Type::u8, bias, signal, f, f, Type::f16},
                          0b1000011, std::vector<Type>{signal});
   }

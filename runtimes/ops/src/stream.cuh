@@ -9,8 +9,8 @@ namespace lhcompile {
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
-__device__ inline void barrier_begin(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
+__device__ inline void barrier_begin(uint64_t* barrier, int arrivals = 1) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
 }
 __device__ inline void barriers_begun() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -38,8 +38,11 @@ __device__ inline void copies_await(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
+constexpr int kMostRows = 8;  // of x where there are few
+
 // Rows of x in shared memory, as they enter the product. Warps have equal parts of a row each; `units` are what a 1
-// means where rows are kept in 8 bits. kTurned: of every eight inputs the order is 0, 4, 1, 5, 2, 6, 3, 7.
+// means where rows are kept in 8 bits, and kMostRows behind that what it means in y, if y is.
+// kTurned: of every eight inputs the order is 0, 4, 1, 5, 2, 6, 3, 7.
 template <typename T, typename Entry, int kWarps, bool kTurned = false>
 struct Entering {
   static constexpr int kCount = 16 / sizeof(T);
@@ -114,15 +117,19 @@ struct Entering {
       for (int j = 0; j < kCount; j++) to[j] = (each[j] - mean) * by * times[j] + plus[j];
     };
     if constexpr (sizeof(Entry) == 1) {
-      float largest = 0;
+      float largest = 0, square = 0;
       all([&](int i, Numbers each, Numbers times, Numbers plus) {
         float to[kCount];
         normed(each, times, plus, to);
 #pragma unroll
-        for (int j = 0; j < kCount; j++) largest = fmaxf(largest, fabsf(to[j]));
+        for (int j = 0; j < kCount; j++) largest = fmaxf(largest, fabsf(to[j])), square += to[j] * to[j];
       });
       unit = fmaxf(over_row(largest, 2, [](float p, float q) { return fmaxf(p, q); }), kSmallest) / kLargest;
-      if (m < a.rows && warp % together == 0 && threadIdx.x % 32 == 0) units[m] = unit;
+      if (a.y_unit) square = over_row(square, 3, add);
+      if (m < a.rows && warp % together == 0 && threadIdx.x % 32 == 0) {
+        units[m] = unit;
+        if (a.y_unit) a.y_unit[m] = units[kMostRows + m] = reached(a, square);
+      }
     }
     all([&](int i, Numbers each, Numbers times, Numbers plus) {
       float to[kCount];
@@ -150,6 +157,17 @@ struct Entering {
     put(codes, rows + m * stride + i);
   }
 };
+
+// Rows of x that are codes already.
+__device__ inline void enter_codes(const LinearArgs& a, uint8_t* rows, float* units, int stride, int padded) {
+  const int words = padded / 16, width = static_cast<int>(a.width / 16);
+  for (int i = threadIdx.x; i < static_cast<int>(a.rows) * words; i += blockDim.x) {
+    const auto* from = static_cast<const uint4*>(a.x) + i / words * width + i % words;
+    *reinterpret_cast<uint4*>(rows + i / words * stride + i % words * 16) = i % words < width ? *from : uint4{};
+  }
+  if (threadIdx.x < a.rows) units[threadIdx.x] = a.x_unit[threadIdx.x];
+  __syncthreads();
+}
 
 // Whether addresses are those of 16-byte vectors, and a block has so much shared memory.
 inline bool stream_serves(const LinearArgs& a, size_t shared) {
