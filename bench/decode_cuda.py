@@ -117,7 +117,7 @@ class Bench:
     def __init__(self, shape: Shape, rates: Rates, device: torch.device, options: argparse.Namespace) -> None:
         self.shape, self.rates, self.device, self.options = shape, rates, device, options
         self.dtype = torch.float16 if device.type == "cuda" else torch.float32
-        self.batches = (1, 2) if options.tiny else BATCHES
+        self.batches = (1, 2) if options.tiny else tuple(options.batches)
         self.contexts = (16, 32) if options.tiny else tuple(options.contexts)
         self.compile = device.type == "cuda" and not options.no_compile
 
@@ -323,6 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["1.3B"])
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--systems", nargs="+", choices=("ours", "transformer", "hyena", "loop"), default=None)
     parser.add_argument("--precisions", nargs="+", default=["fp16"], help="of builds: fp16, fp8:float16 (states)")
     parser.add_argument("--builds", type=int, default=1, help="builds at a time")

@@ -199,6 +199,7 @@ class Mixer:
             packed=self.packed,
             one_token=self.one_token,
             apart=self.apart,
+            whole=self.block == self.channels,
             signal=self.signal,
             conv_state=self.conv_state,
             recurrent_state=self.recurrent_state,

@@ -52,6 +52,7 @@ def _mixer(node: ir.Node, target: str) -> ir.Function:
         packed=_there(node, 8 if apart else 9),
         one_token=_one_token(node),
         apart=apart,
+        whole=node.attributes["block"].as_int() == _size(own, 1),
         signal=_type(node.inputs[0]),
         conv_state=_type(node.inputs[9 if apart else 1]),
         recurrent_state=_type(state),
@@ -77,7 +78,8 @@ def _linear(node: ir.Node, target: str) -> ir.Function:
 
 
 def _mlp(node: ir.Node, target: str) -> ir.Function:
-    bias = node.inputs[2] or node.inputs[4]
+    biases = [value for place in (2, 4) if (value := node.inputs[place]) is not None]
+    assert len({_type(value) for value in biases}) <= 1
     return mlp_function(
         norm=node.attributes["norm"].as_string(),  # type: ignore[arg-type]
         activation=node.attributes["activation"].as_string(),  # type: ignore[arg-type]
@@ -88,7 +90,7 @@ def _mlp(node: ir.Node, target: str) -> ir.Function:
         norm_bias=_there(node, 7),
         one_token=_one_token(node),
         signal=_type(node.inputs[0]),
-        bias_type=None if bias is None else _type(bias),
+        bias_type=_type(biases[0]) if biases else None,
     )
 
 

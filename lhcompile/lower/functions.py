@@ -54,6 +54,7 @@ def mixer_function(
     packed: bool = False,
     one_token: bool = False,
     apart: bool = False,
+    whole: bool = False,
     signal: Type = FLOAT,
     conv_state: Type = FLOAT,
     recurrent_state: Type = FLOAT,
@@ -76,6 +77,7 @@ def mixer_function(
     float16 stops at its largest number, ±65504, and never becomes infinite; NaN stays NaN.
 
     one_token: time is 1; otherwise it is any number.
+    whole: block is D, which takes fewer operators.
     apart: HyenaStep, which takes one token and has the past in tensors of its own: no conv_state, but behind the other
     inputs the last taps − 1 tokens of `projected`, [batch, 1, 3D] each, the oldest first, and no state of theirs among
     the outputs. Whoever calls it keeps `projected` for the next call, and nothing is copied.
@@ -101,7 +103,7 @@ def mixer_function(
     if taps == 1:
         after = body.op("Identity", before)
     mixed = _convolved(body, window, weight, taps, one_token)
-    gate, u = _gated(body, body.op("Add", mixed, offset) if bias else mixed, block, outer)
+    gate, u = _gated(body, body.op("Add", mixed, offset) if bias else mixed, None if whole else block, outer)
 
     s = body.cast(state, recurrent_state)
     if packed:
@@ -118,7 +120,7 @@ def mixer_function(
         s = body.op("Reshape", _packed(body, s, state, index), body.op("Shape", state))
     kept = [] if after is None else [body.kept(after, conv_state)]
     outputs = [body.back(y, signal), *kept, body.kept(s, recurrent_state)]
-    form = f"k{taps}n{order}b{block}o{outer}" + flags(bias=bias, complex=complex_poles, packed=packed)
+    form = f"k{taps}n{order}b{block}o{outer}" + flags(bias=bias, complex=complex_poles, packed=packed, whole=whole)
     types = "_".join(SHORT[t] for t in (signal, conv_state, recurrent_state))
     overload = f"{form}_{types}{flags(step=one_token)}"
     return body.function("HyenaStep" if apart else "HyenaMixer", overload, inputs, outputs, block=block, outer=outer)
@@ -157,8 +159,12 @@ def _convolved(body: Body, window: ir.Value, weight: ir.Value, taps: int, one_to
     return y
 
 
-def _gated(body: Body, mixed: ir.Value, block: int, outer: int) -> tuple[ir.Value, ir.Value]:
+def _gated(body: Body, mixed: ir.Value, block: int | None, outer: int) -> tuple[ir.Value, ir.Value]:
     """[batch, time, 3D] → the part that gates what is heard, and the product of the others, [batch, time, D] each"""
+    if block is None:
+        parts = body.split(mixed, 3, axis=2)
+        gate = parts.pop(outer)
+        return gate, body.op("Mul", *parts)
     parts = body.split(body.op("Reshape", mixed, body.ints(0, 0, -1, 3, block)), 3, axis=3)
     flat = body.ints(0, 0, -1)
     gate = body.op("Reshape", parts.pop(outer), flat)

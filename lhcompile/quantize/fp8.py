@@ -22,6 +22,8 @@ LARGEST = 448.0
 """The largest number of float8 e4m3."""
 _TINIEST = 1e-30
 """Rows below it are zero."""
+_GROWN = 1.07
+"""The most that the norm of a row grows by as its numbers are rounded to three bits behind the point."""
 _MULTIPLE = 16
 """Of inputs and of outputs: cuBLASLt multiplies no other matrices in 8 bits."""
 
@@ -69,10 +71,13 @@ class JoinMlp(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        pairs = [(up, down) for down in model.graph if (up := _heard_alone(down)) is not None]
-        for up, down in pairs:
-            _join(model.graph, up, down)
-        return ir.passes.PassResult(model, bool(pairs))
+        changed = False
+        for down in list(model.graph):  # of three in a row the first two are joined: the third then hears no projection
+            up = _heard_alone(down)
+            if up is not None:
+                _join(model.graph, up, down)
+                changed = True
+        return ir.passes.PassResult(model, changed)
 
 
 def _heard_alone(down: ir.Node) -> ir.Node | None:
@@ -107,12 +112,12 @@ def _join(graph: ir.Graph, up: ir.Node, down: ir.Node) -> None:
 
 
 def _reach(graph: ir.Graph, weight: ir.Value, scale: ir.Value, bias: ir.Value | None) -> ir.Value:
-    """float32 [2]: the largest norm of a row of the weight, and the largest number of the bias."""
-    name = f"{weight.name}_reach"
+    """float32 [2]: the largest norm of a row of the weight, for a signal that is rounded, and the largest bias."""
+    name = f"{weight.name}_reach" if bias is None else f"{weight.name}_reach.{bias.name}"
     if name not in graph.initializers:
         lengths = np.sqrt(np.square(_number(weight).astype(np.float32)).sum(1)) * _number(scale)
         least = 0.0 if bias is None else np.abs(_number(bias)).max()
-        tensor = ir.tensor(np.array([lengths.max(), least], np.float32), name=name)
+        tensor = ir.tensor(np.array([_GROWN * lengths.max(), least], np.float32), name=name)
         value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape([2]))
         graph.register_initializer(value)
     return graph.initializers[name]

@@ -207,6 +207,14 @@ def test_mlp_in_eight_bits(
     assert error(given, mlp.expected()[0]) <= 1.5 * BUDGET[signal] + 8e-3
 
 
+@pytest.mark.parametrize("width", [1024, 1040])
+def test_an_mlp_of_many_tiles(kernels: Kernels, width: int) -> None:
+    """Every block has several, and pieces of the last inputs are not whole."""
+    mlp = Mlp(batch=2500, time=1, width=width, hidden=4096, out=64, signal=HALF)
+    given = computed(*kernels.mlp(placed(mlp.call()), mlp.norm, mlp.activation))[0]
+    assert error(given, mlp.expected()[0]) <= 1.5 * BUDGET[HALF] + 8e-3
+
+
 def test_rows_of_an_mlp_do_not_depend_on_their_neighbours(kernels: Kernels) -> None:
     """Among as many others, to the last bit."""
     mlp = replace(MLPS["large"], batch=300, time=1, signal=HALF)

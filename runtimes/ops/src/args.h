@@ -1,5 +1,5 @@
 // What the kernels are called with: sizes, element types and addresses. The operators themselves are specified in
-// lhcompile/lower/functions.py; names are those used there.
+// lhcompile/lower/functions.py and projections.py; names are those used there.
 #pragma once
 
 #include <cstdint>

@@ -7,6 +7,8 @@
 
 #include <cuda.h>
 
+#include <atomic>
+
 #include "stream.cuh"
 
 namespace lhcompile {
@@ -323,7 +325,7 @@ const char* launch_eight(const EightArgs& a, const CUtensorMap& rows, const CUte
 
 }  // namespace
 
-static bool is_withheld = false;
+static std::atomic<bool> is_withheld{false};
 
 void eight_withhold(bool withheld) { is_withheld = withheld; }
 

@@ -16,7 +16,7 @@ struct EightArgs {
   void* y;
 };
 
-// Whether the current device has the instructions, and sizes are those of 16-byte vectors, as addresses have to be.
+// Whether the current device has the instructions, and sizes are those of 16-byte vectors. Addresses have to be too.
 bool eight_serves(int64_t width, int64_t out);
 // In tests: a device that lacks them.
 void eight_withhold(bool withheld);
