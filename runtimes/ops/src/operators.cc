@@ -121,10 +121,32 @@ struct Settings {
         one_of("activation", info.GetAttribute<std::string>("activation"), {"none", "gelu", "gelu_tanh"}));
     epsilon = info.GetAttribute<float>("epsilon");
   }
+  // They and the norm's tables, which are the inputs from `at` on; x has its width by then.
+  void apply(const Inputs& inputs, size_t at, LinearArgs& args) const {
+    args.norm = norm, args.activation = activation, args.epsilon = epsilon;
+    args.norm_scale = inputs.table(at, "norm_scale", {args.width});
+    args.norm_bias = inputs.table(at + 1, "norm_bias", {args.width});
+    require((norm == Norm::none) == (args.norm_scale == nullptr), "norm_scale and norm go together");
+  }
   Norm norm;
   Activation activation;
   float epsilon;
 };
+
+int64_t rows_of(const Input& x) {
+  int64_t rows = 1;
+  for (size_t axis = 0; axis + 1 < x.shape.size(); axis++) rows *= x.shape[axis];
+  return rows;
+}
+
+// Of x where its last axis has so many outputs; that of the residual too, if there is one.
+Shape shape_of(const Input& x, int64_t out, const Input& residual) {
+  Shape shape = x.shape;
+  shape.back() = out;
+  require(!residual || residual.shape == shape,
+          [&] { return "residual is " + text(residual.shape) + ", expected " + text(shape); });
+  return shape;
+}
 
 void project(const Ort::KernelContext& context, const LinearArgs& args, Device device) {
 #ifdef LHCOMPILE_CUDA
@@ -157,8 +179,7 @@ struct LinearKernel {
     require(!x.shape.empty(), "x of Linear is a scalar");
     LinearArgs args{};
     args.width = x.shape.back();
-    args.rows = 1;
-    for (size_t axis = 0; axis + 1 < x.shape.size(); axis++) args.rows *= x.shape[axis];
+    args.rows = rows_of(x);
     args.signal = x.type, args.weight_type = weight.type;
     args.out = weight.shape.empty() ? 0 : weight.shape[0];
     const bool codes = weight.type == Type::u8;
@@ -166,17 +187,11 @@ struct LinearKernel {
     require(weight.shape == (codes ? Shape{args.out, blocks, kBlock / 2} : Shape{args.out, args.width}) &&
                 (!codes || args.width % kBlock == 0),
             [&] { return "weight is " + text(weight.shape) + " for x of width " + std::to_string(args.width); });
-    Shape shape = x.shape;
-    shape.back() = args.out;
     const Input bias = inputs.shaped(2, "bias", {args.out}), residual = inputs[3];
+    const Shape shape = shape_of(x, args.out, residual);
     args.bias = bias.data, args.bias_type = bias.type;
-    require(!residual || residual.shape == shape,
-            [&] { return "residual is " + text(residual.shape) + ", expected " + text(shape); });
     args.residual = residual.data;
-    args.norm = settings.norm, args.activation = settings.activation, args.epsilon = settings.epsilon;
-    args.norm_scale = inputs.table(4, "norm_scale", {args.width});
-    args.norm_bias = inputs.table(5, "norm_bias", {args.width});
-    require((args.norm == Norm::none) == (args.norm_scale == nullptr), "norm_scale and norm go together");
+    settings.apply(inputs, 4, args);
     if (codes) args.weight_scale = inputs.data(6, "weight_scale", {args.out, blocks});
     if (weight.type == Type::e4m3) args.weight_scale = inputs.data(6, "weight_scale", {args.out});
     args.x = x.data, args.weight = weight.data;
@@ -203,19 +218,12 @@ struct MlpKernel {
     require(!x.shape.empty() && first.shape.size() == 2 && second.shape.size() == 2,
             "x of MlpFp8 is a scalar, or a weight has not two axes");
     LinearArgs up{}, down{};
-    up.rows = down.rows = 1, up.signal = down.signal = x.type;
-    for (size_t axis = 0; axis + 1 < x.shape.size(); axis++) down.rows = up.rows *= x.shape[axis];
+    up.rows = down.rows = rows_of(x), up.signal = down.signal = x.type;
     up.width = x.shape.back(), up.out = down.width = first.shape[0], down.out = second.shape[0];
-    Shape shape = x.shape;
-    shape.back() = down.out;
-    require(!residual || residual.shape == shape,
-            [&] { return "residual is " + text(residual.shape) + ", expected " + text(shape); });
+    const Shape shape = shape_of(x, down.out, residual);
     take_weight(inputs, 1, 8, up);
     take_weight(inputs, 3, 9, down);
-    up.norm = settings.norm, up.activation = settings.activation, up.epsilon = settings.epsilon;
-    up.norm_scale = inputs.table(6, "norm_scale", {up.width});
-    up.norm_bias = inputs.table(7, "norm_bias", {up.width});
-    require((up.norm == Norm::none) == (up.norm_scale == nullptr), "norm_scale and norm go together");
+    settings.apply(inputs, 6, up);
     up.reach = inputs.table(10, "reach", {2});
     up.x = x.data, down.residual = residual.data;
     down.y = context.GetOutput(0, shape).GetTensorMutableRawData();
