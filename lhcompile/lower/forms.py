@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import onnx_ir as ir
 
@@ -62,14 +63,10 @@ def _mixer(node: ir.Node, target: str) -> ir.Function:
 def _linear(node: ir.Node, target: str) -> ir.Function:
     blocks = _block_product(node) if target == "cpu" else None
     return linear_function(
-        norm=node.attributes["norm"].as_string(),  # type: ignore[arg-type]
-        activation=node.attributes["activation"].as_string(),  # type: ignore[arg-type]
-        epsilon=node.attributes["epsilon"].as_float(),
+        **_settings(node),
         bias=_there(node, 2),
         residual=_there(node, 3),
         norm_bias=_there(node, 5),
-        one_token=_one_token(node),
-        signal=_type(node.inputs[0]),
         bias_type=_type(node.inputs[2]) if _there(node, 2) else None,
         name=node.op_type,  # type: ignore[arg-type]
         byte_signals=blocks is not None,
@@ -81,17 +78,24 @@ def _mlp(node: ir.Node, target: str) -> ir.Function:
     biases = [value for place in (2, 4) if (value := node.inputs[place]) is not None]
     assert len({_type(value) for value in biases}) <= 1
     return mlp_function(
-        norm=node.attributes["norm"].as_string(),  # type: ignore[arg-type]
-        activation=node.attributes["activation"].as_string(),  # type: ignore[arg-type]
-        epsilon=node.attributes["epsilon"].as_float(),
+        **_settings(node),
         up_bias=_there(node, 2),
         down_bias=_there(node, 4),
         residual=_there(node, 5),
         norm_bias=_there(node, 7),
-        one_token=_one_token(node),
-        signal=_type(node.inputs[0]),
         bias_type=_type(biases[0]) if biases else None,
     )
+
+
+def _settings(node: ir.Node) -> dict[str, Any]:
+    """What projections have in common."""
+    return {
+        "norm": node.attributes["norm"].as_string(),
+        "activation": node.attributes["activation"].as_string(),
+        "epsilon": node.attributes["epsilon"].as_float(),
+        "one_token": _one_token(node),
+        "signal": _type(node.inputs[0]),
+    }
 
 
 def _block_product(node: ir.Node) -> tuple[int, int] | None:
