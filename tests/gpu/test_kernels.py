@@ -252,9 +252,12 @@ def test_linear_of_four_bits(
 
 
 @pytest.mark.parametrize("signal", [FLOAT, HALF, BRAIN])
-@pytest.mark.parametrize("sample", [Sample(), Sample(step=0.5), Sample(vocab=50304, step=0.25), Sample(vocab=1)])
-def test_sample(kernels: Kernels, sample: Sample, signal: ir.DataType) -> None:
-    sample = replace(sample, signal=signal)
+@pytest.mark.parametrize("batch", [1, 20, 48])
+@pytest.mark.parametrize(
+    "sample", [Sample(), Sample(step=0.5), Sample(vocab=8195, step=0.25), Sample(vocab=50304, step=0.25), Sample(vocab=1)]
+)
+def test_sample(kernels: Kernels, sample: Sample, batch: int, signal: ir.DataType) -> None:
+    sample = replace(sample, batch=batch, signal=signal)
     (given,) = computed(*kernels.sample(tuple(x for x in placed(sample.call()) if x is not None)))
     torch.testing.assert_close(given, sample.expected()[0])
 

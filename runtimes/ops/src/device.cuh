@@ -83,6 +83,8 @@ __device__ inline void narrow(const float (&from)[N], Vector<T, N>* to) {
   }
 }
 
+__device__ inline void fetch_ahead(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 // What a state of the type may be: float16 its largest number in place of an infinite one; NaN stays what it is.
 template <typename T, int N>
 __device__ inline void stop(Vector<T, N>* all) {

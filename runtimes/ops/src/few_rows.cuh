@@ -1,13 +1,13 @@
 // Linear for a few rows: the weight is streamed once, in one pass with the norm before it and what comes after it.
 //
 // Every multiprocessor has an equal share of tiles of 16 outputs. Its warps take pieces of the tiles' rows in turn, and
-// multiply them with x on the tensor cores, whose other factor has room for eight rows. A sum over inputs may run in
-// any order, so a thread reads 16 bytes of a weight's row and of x where they lie, and takes the numbers in them for
-// those that the instruction wants of it. Weights come through a ring in shared memory by bulk copies, which keep no
-// thread waiting; they are constants, so the ring is filled before the kernel in front has finished.
+// multiply them with x on the tensor cores, whose other factor has room for eight rows. Weights come through a ring in
+// shared memory by bulk copies, which keep no thread waiting; they are constants, so the ring is filled before the
+// kernel in front has finished.
 #pragma once
 
 #include "stream.cuh"
+#include "weights.cuh"
 
 namespace lhcompile {
 
@@ -16,71 +16,10 @@ constexpr int kTile = 16;        // outputs
 constexpr int kPiece = 256;      // bytes of a row of the weight
 constexpr int kRowPadding = 64;  // bytes between rows of x, which then lie in different banks
 
-// Sixteen bytes of two rows of the weight, and of x, multiplied and added to sums: 16 outputs × 8 rows over a warp.
-__device__ inline void multiply_add(float (&sums)[4], const uint32_t (&w)[4], uint32_t x, uint32_t y, Half) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(x), "r"(y));
-}
-__device__ inline void multiply_add(float (&sums)[4], const uint32_t (&w)[4], uint32_t x, uint32_t y, Brain) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(x), "r"(y));
-}
-__device__ inline void multiply_add(float (&sums)[4], const uint32_t (&w)[4], uint32_t x, uint32_t y, uint8_t) {
-  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(x), "r"(y));
-}
-
-// How weights are kept. Entry: what x is kept as; kStages: pieces in flight, a warp; kScales: bytes of scales beside a
-// row's piece; `add` multiplies a thread's 16 bytes of two rows, whose scales are given, with x at the same inputs.
-template <typename T>
-struct Plain {
-  using Entry = T;
-  static constexpr int kStages = 3, kScales = 0, kInputs = 16 / sizeof(Entry);
-  __device__ static void add(float (&sums)[4], uint4 upper, uint4 lower, Half, Half, const Entry* x, bool there) {
-    const uint4 heard = there ? *reinterpret_cast<const uint4*>(x) : uint4{};
-    multiply_add(sums, {upper.x, lower.x, upper.y, lower.y}, heard.x, heard.y, Entry());
-    multiply_add(sums, {upper.z, lower.z, upper.w, lower.w}, heard.z, heard.w, Entry());
-  }
-};
-
-using Eight = Plain<uint8_t>;  // e4m3, x too
-
-// Two codes a byte, a scale for 16 bytes of them.
-struct Four {
-  using Entry = Half;
-  static constexpr int kStages = 2, kScales = 2 * kPiece / 16, kInputs = 32;
-  // Codes i and i + 4 of eight, less 8 and scaled: halves whose bits are 0x6400 + code are 1024 + code.
-  __device__ static uint32_t pair(uint32_t codes, int i, __half2 scale) {
-    const uint32_t bits = (codes >> 4 * i & 0x000f000f) | 0x64006400;
-    __half2 both;
-    memcpy(&both, &bits, sizeof(bits));
-    both = __hmul2(__hsub2(both, __half2half2(__float2half_rn(1032.0f))), scale);
-    uint32_t result;
-    memcpy(&result, &both, sizeof(both));
-    return result;
-  }
-  // x: inputs 0, 4, 1, 5, 2, 6, 3, 7 of every eight
-  __device__ static void add(float (&sums)[4], uint4 upper, uint4 lower, Half upper_scale, Half lower_scale,
-                             const Entry* x, bool there) {
-    const uint32_t up[] = {upper.x, upper.y, upper.z, upper.w}, low[] = {lower.x, lower.y, lower.z, lower.w};
-    const __half2 by_up = __half2half2(upper_scale), by_low = __half2half2(lower_scale);
-#pragma unroll
-    for (int word = 0; word < 4; word++) {
-      const uint4 heard = there ? *reinterpret_cast<const uint4*>(x + 8 * word) : uint4{};
-      const uint32_t u = up[word], l = low[word];
-      multiply_add(sums, {pair(u, 0, by_up), pair(l, 0, by_low), pair(u, 1, by_up), pair(l, 1, by_low)}, heard.x,
-                   heard.y, Half());
-      multiply_add(sums, {pair(u, 2, by_up), pair(l, 2, by_low), pair(u, 3, by_up), pair(l, 3, by_low)}, heard.z,
-                   heard.w, Half());
-    }
-  }
-};
+template <typename W>
+constexpr int kStages = W::kScaled ? 2 : 3;  // pieces in flight, a warp
+template <typename W>
+constexpr int kScales = W::kScaled ? kPiece / 8 : 0;  // bytes of scales beside a row's piece
 
 struct FewArgs {
   LinearArgs linear;
@@ -99,7 +38,7 @@ struct Turn {
 // Fills a warp's ring with its pieces, a row of the tile by each of 16 threads.
 template <typename W>
 struct Stream {
-  static constexpr int kSlot = kTile * (kPiece + W::kScales);
+  static constexpr int kSlot = kTile * (kPiece + kScales<W>);
   const FewArgs& g;
   char* ring;
   uint64_t* barriers;  // of the ring's slots
@@ -109,17 +48,17 @@ struct Stream {
   int left;                        // outputs from the tile's first on
 
   __device__ Stream(const FewArgs& g_, char* memory, int64_t first, int tiles_)
-      : g(g_), ring(memory + threadIdx.x / 32 * W::kStages * kSlot), tiles(tiles_) {
-    barriers = reinterpret_cast<uint64_t*>(memory + kWarps * W::kStages * kSlot) + threadIdx.x / 32 * W::kStages;
+      : g(g_), ring(memory + threadIdx.x / 32 * kStages<W> * kSlot), tiles(tiles_) {
+    barriers = reinterpret_cast<uint64_t*>(memory + kWarps * kStages<W> * kSlot) + threadIdx.x / 32 * kStages<W>;
     const int64_t row = first * kTile + lane;
     from = static_cast<const char*>(g.linear.weight) + row * g.row_bytes;
-    if (W::kScales > 0) scales_from = static_cast<const char*>(g.linear.weight_scale) + row * (g.row_bytes / 8);
+    if (W::kScaled) scales_from = static_cast<const char*>(g.linear.weight_scale) + row * (g.row_bytes / 8);
     left = static_cast<int>(g.linear.out - first * kTile);
     settle();
     if (g.row_bytes % kPiece)  // what lies behind a row's end is multiplied with zeros, so it has to be a number
-      for (int i = lane * 16; i < W::kStages * kSlot; i += 32 * 16) *reinterpret_cast<uint4*>(ring + i) = uint4{};
+      for (int i = lane * 16; i < kStages<W> * kSlot; i += 32 * 16) *reinterpret_cast<uint4*>(ring + i) = uint4{};
     if (lane == 0)
-      for (int s = 0; s < W::kStages; s++) barrier_begin(barriers + s);
+      for (int s = 0; s < kStages<W>; s++) barrier_begin(barriers + s);
     barriers_begun();
     __syncwarp();
   }
@@ -128,7 +67,7 @@ struct Stream {
     turn.settle(g.pieces);
     const int outputs = (turn.tile - before) * kTile;
     from += static_cast<int64_t>(outputs) * g.row_bytes, left -= outputs;
-    if (W::kScales > 0) scales_from += static_cast<int64_t>(outputs) * (g.row_bytes / 8);
+    if (W::kScaled) scales_from += static_cast<int64_t>(outputs) * (g.row_bytes / 8);
   }
   __device__ Half* scales(int at) const { return reinterpret_cast<Half*>(ring + at * kSlot + kTile * kPiece); }
 
@@ -136,16 +75,16 @@ struct Stream {
   __device__ void begin() {
     if (turn.tile < tiles) {
       const int at = turn.piece * kPiece, bytes = min(kPiece, g.row_bytes - at), rows = min(left, kTile);
-      if (lane == 0) copies_expect(barriers + slot, rows * (bytes + (W::kScales > 0 ? bytes / 8 : 0)));
+      if (lane == 0) copies_expect(barriers + slot, rows * (bytes + (W::kScaled ? bytes / 8 : 0)));
       __syncwarp();
       if (lane < rows) {
         copy_begin(ring + slot * kSlot + lane * kPiece, from + at, bytes, barriers + slot);
-        if (W::kScales > 0)
-          copy_begin(reinterpret_cast<char*>(scales(slot)) + lane * W::kScales, scales_from + at / 8, bytes / 8,
+        if (W::kScaled)
+          copy_begin(reinterpret_cast<char*>(scales(slot)) + lane * kScales<W>, scales_from + at / 8, bytes / 8,
                      barriers + slot);
       }
     }
-    turn.piece += kWarps, slot = slot + 1 == W::kStages ? 0 : slot + 1;
+    turn.piece += kWarps, slot = slot + 1 == kStages<W> ? 0 : slot + 1;
     if (turn.piece >= g.pieces) settle();
   }
 };
@@ -216,9 +155,9 @@ __global__ void __launch_bounds__(kThreadsFew, 2) few_rows(const __grid_constant
   const int tiles = static_cast<int>(all * (blockIdx.x + 1) / gridDim.x - first), rows = static_cast<int>(a.rows);
   Stream<W> stream(g, memory, first, tiles);
 #pragma unroll
-  for (int s = 0; s < W::kStages; s++) stream.begin();
+  for (int s = 0; s < kStages<W>; s++) stream.begin();
   release_next();
-  constexpr int kRing = kWarps * W::kStages * (Stream<W>::kSlot + static_cast<int>(sizeof(uint64_t)));
+  constexpr int kRing = kWarps * kStages<W> * (Stream<W>::kSlot + static_cast<int>(sizeof(uint64_t)));
   auto* units = reinterpret_cast<float*>(memory + kRing);
   const Sums sums{units + 2 * kMostRows + 2 * kWarps, rows};
   auto* x = reinterpret_cast<Entry*>(sums.of(g.most_tiles, 0));
@@ -232,7 +171,7 @@ __global__ void __launch_bounds__(kThreadsFew, 2) few_rows(const __grid_constant
     ending.hear(a);
     enter_codes(a, x, units, stride, padded);
   } else {
-    const Entering<T, Entry, kWarps, (W::kScales > 0)> entering(a, x, units, units + 2 * kMostRows, stride, padded);
+    const Entering<T, Entry, kWarps, W::kScaled> entering(a, x, units, units + 2 * kMostRows, stride, padded);
     await_previous();
     ending.hear(a);
     entering.take();
@@ -240,7 +179,7 @@ __global__ void __launch_bounds__(kThreadsFew, 2) few_rows(const __grid_constant
 
   const int lane = threadIdx.x % 32, row = lane / 4;
   const Entry* heard = x + (row < rows ? row : 0) * stride + lane % 4 * W::kInputs;
-  const int words_at = row * kPiece + lane % 4 * 16, scales_at = row * (W::kScales / 2) + lane % 4;
+  const int words_at = row * kPiece + lane % 4 * 16, scales_at = row * (kScales<W> / 2) + lane % 4;
   Turn turn;
   turn.settle(g.pieces);
   int slot = 0;
@@ -258,13 +197,13 @@ __global__ void __launch_bounds__(kThreadsFew, 2) few_rows(const __grid_constant
 #pragma unroll
         for (int part = 0; part < kPiece / 64; part++) {
           Half upper{}, lower{};
-          if constexpr (W::kScales > 0) upper = scales[4 * part], lower = scales[4 * W::kScales + 4 * part];
+          if constexpr (W::kScaled) upper = scales[4 * part], lower = scales[4 * kScales<W> + 4 * part];
           W::add(mine, *reinterpret_cast<const uint4*>(words + 64 * part),
                  *reinterpret_cast<const uint4*>(words + 8 * kPiece + 64 * part), upper, lower,
                  at + 4 * part * W::kInputs, row < rows);
         }
         __syncwarp();
-        if (++slot == W::kStages) slot = 0, parity ^= 1;
+        if (++slot == kStages<W>) slot = 0, parity ^= 1;
         stream.begin();
       }
       sums.keep(turn.tile - done, mine);
@@ -299,7 +238,7 @@ template <typename W>
 size_t few_shared(const LinearArgs& a) {
   const FewArgs g = few_args<W>(a);
   const size_t entries = static_cast<size_t>(g.pieces) * (kPiece / 16) * W::kInputs;
-  return kWarps * W::kStages * (Stream<W>::kSlot + sizeof(uint64_t)) +
+  return kWarps * kStages<W> * (Stream<W>::kSlot + sizeof(uint64_t)) +
          4 * (2 * kMostRows + 2 * kWarps + g.most_tiles * kWarps * kTile * a.rows) +
          a.rows * (entries * sizeof(typename W::Entry) + kRowPadding);
 }
@@ -307,7 +246,7 @@ size_t few_shared(const LinearArgs& a) {
 // Whether the rows are few enough, and sizes and addresses those of 16-byte vectors.
 template <typename W>
 bool few_serves(const LinearArgs& a) {
-  return a.rows <= kMostRows && a.width % (W::kScales > 0 ? 256 : 16) == 0 && stream_serves(a, few_shared<W>(a));
+  return a.rows <= kMostRows && a.width % (W::kScaled ? 256 : 16) == 0 && stream_serves(a, few_shared<W>(a));
 }
 
 template <typename W, typename T>

@@ -1,4 +1,4 @@
-// Linear on a GPU: a few rows of 16 bits by gemv.cuh and few_rows.cuh; others by cuBLASLt, with a kernel for the norm
+// Linear on a GPU: a few rows by gemv.cuh and few_rows.cuh; others by cuBLASLt, with a kernel for the norm
 // before it, one that makes numbers of 4-bit codes, and one after it for what cuBLASLt cannot add itself.
 #include "cublaslt.h"
 #include "cuda.h"
@@ -220,15 +220,15 @@ const char* many_rows(const LinearArgs& a, void* scratch, void* stream) {
 }
 
 template <typename W, typename T>
-const char* few_or_many(const LinearArgs& a, void* scratch, void* stream) {
+const char* streamed_or_many(const LinearArgs& a, void* scratch, void* stream) {
+  if (gemv_serves<W>(a)) return launch_gemv<W, T>(a, stream);
   return few_serves<W>(a) ? launch_few<W, T>(a, stream) : many_rows<T>(a, scratch, stream);
 }
 
 template <typename T>
 const char* linear(const LinearArgs& a, void* scratch, void* stream) {
-  if (a.weight_type == Type::e4m3) return few_or_many<Eight, T>(a, scratch, stream);
-  if (gemv_serves<T>(a)) return launch_gemv<T>(a, stream);
-  return few_or_many<Plain<T>, T>(a, scratch, stream);
+  return a.weight_type == Type::e4m3 ? streamed_or_many<Eight, T>(a, scratch, stream)
+                                     : streamed_or_many<Plain<T>, T>(a, scratch, stream);
 }
 
 }  // namespace
@@ -239,7 +239,7 @@ const char* linear_cuda(const LinearArgs& a, void* scratch, void* stream) {
   const bool four = a.weight_type == Type::u8;
   if (a.signal == Type::f32) return many_rows<float>(a, scratch, stream);
   if (a.signal == Type::bf16) return four ? many_rows<Brain>(a, scratch, stream) : linear<Brain>(a, scratch, stream);
-  return four ? few_or_many<Four, Half>(a, scratch, stream) : linear<Half>(a, scratch, stream);
+  return four ? streamed_or_many<Four, Half>(a, scratch, stream) : linear<Half>(a, scratch, stream);
 }
 
 }  // namespace lhcompile

@@ -89,12 +89,25 @@ struct Step {
     for (int j = 0; j < kPairs; j++)
       if (base + j < half) row.upper[j] = state(row, base + j), row.lower[j] = state(row, base + j + half);
   }
-  // Everything a common row needs is on its way before anything waits for it.
-  __device__ void read(int64_t number, Row& row) const {
+  __device__ void find(int64_t number, Row& row) const {
     row.place = number * (kApart ? 1 : past()) * wide + first;
     const int64_t states_at = kPacked ? number * a.states : number * a.order * channels + channel;
     row.state_at = static_cast<const S*>(a.state) + states_at;
     row.next_at = static_cast<S*>(a.new_state) + states_at;
+  }
+  // What a row will need of past and states comes into the cache that all multiprocessors share: nothing is read yet.
+  __device__ void expect(int64_t number) const {
+    Row row;
+    find(number, row);
+    for (int n = 0; n < past(); n++)
+#pragma unroll
+      for (int p = 0; p < 3; p++) fetch_ahead(old_of(row, n) + p * part);
+    if constexpr (!kPacked)
+      for (int n = 0; n < a.order; n++) fetch_ahead(row.state_at + n * channels);
+  }
+  // Everything a common row needs is on its way before anything waits for it.
+  __device__ void read(int64_t number, Row& row) const {
+    find(number, row);
     row.mixed_at = static_cast<T*>(a.mixed) + number * channels + channel;
     const T* token_at = static_cast<const T*>(a.projected) + number * wide + first;
 #pragma unroll
@@ -209,14 +222,15 @@ __global__ void __launch_bounds__(kLanes* kRowsAtOnce, kResident<V>)
   const int width = V == 4 ? kLanes * V : blockDim.x * V;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * width, c = first + threadIdx.x * V;
   release_next();
-  fill_tables(a, rows, all, width, first);
-  __syncthreads();
-  await_previous();
-  if (c >= a.channels) return;
   using Work = Step<T, C, S, V, kTaps, kPacked, kApart>;
   const Work step(a, rows, all + threadIdx.x * V, width, static_cast<int>(c));
   const int64_t begin = static_cast<int64_t>(blockIdx.y) * rows_each + threadIdx.y;
   const int64_t end = min((blockIdx.y + int64_t{1}) * rows_each, a.batch);
+  if (begin < end && c < a.channels) step.expect(begin);
+  fill_tables(a, rows, all, width, first);
+  __syncthreads();
+  await_previous();
+  if (c >= a.channels) return;
   typename Work::Row now, next;
   if (begin < end) step.read(begin, next);
   for (int64_t row = begin; row < end; row += blockDim.y) {

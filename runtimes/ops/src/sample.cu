@@ -1,8 +1,11 @@
-// Sample on a GPU: a block for each row. Nothing is sorted: the logit at which the most likely tokens end is found
-// digit by digit, from histograms of counts (top_k) or of probability (top_p).
+// Sample on a GPU: a block for each row; where there are few, several look for its largest logit. Nothing is sorted: the
+// logit at which the most likely tokens end is found digit by digit, from histograms of counts (top_k) or of probability
+// (top_p).
 //
 // Weights exp((logit − largest) / temperature) are kept in whole numbers of 2^−44, so their sums do not depend on the
 // order in which they are added.
+#include <cooperative_groups.h>
+
 #include "cuda.h"
 #include "device.cuh"
 
@@ -10,6 +13,8 @@ namespace lhcompile {
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
+constexpr int kMostParts = 8;   // of a row; the blocks of a cluster
+constexpr int64_t kFewRows = 32;
 constexpr int kBuckets = 2048;  // of one digit of 11 bits
 using Mass = unsigned long long;
 
@@ -32,14 +37,16 @@ struct Row {
   }
 };
 
-// Calls work(id, key) for every token of the row, once, in one thread or another; 16 bytes are read at once.
+// Calls work(id, key) for every token of the row, or of part `part` of `parts` of it, once, in one thread or another;
+// 16 bytes are read at once.
 template <typename T, typename F>
-__device__ void for_each(const Row<T>& row, const F& work) {
+__device__ void for_each(const Row<T>& row, const F& work, int part = 0, int parts = 1) {
   constexpr int kCount = 16 / sizeof(T);
   int rest = 0;
+  const int first = part * kThreads + static_cast<int>(threadIdx.x), step = parts * kThreads;
   if (reinterpret_cast<uintptr_t>(row.logits) % 16 == 0) {
     rest = row.vocab / kCount * kCount;
-    for (int base = threadIdx.x * kCount; base < rest; base += kThreads * kCount) {
+    for (int base = first * kCount; base < rest; base += step * kCount) {
       float each[kCount];
       load<T, kCount>(row.logits + base, each);
 #pragma unroll
@@ -47,7 +54,7 @@ __device__ void for_each(const Row<T>& row, const F& work) {
     }
   }
 #pragma unroll 4
-  for (int id = rest + threadIdx.x; id < row.vocab; id += kThreads) work(id, row.key(id));
+  for (int id = rest + first; id < row.vocab; id += step) work(id, row.key(id));
 }
 
 // Tokens that stay: those with a larger key, and of those with this key the first `equal` by id.
@@ -56,12 +63,17 @@ struct Edge {
   Mass equal;
 };
 
+struct Best {
+  unsigned key;
+  int id;
+};
+
 struct Shared {
   uint32_t low[kBuckets], high[kBuckets];  // a bucket's sum in halves: only those have an atomic addition
   Mass sums[kWarps];
-  unsigned best_key[kWarps];
-  int best_id[kWarps];
+  Best best[kWarps];
   int counts[kWarps];
+  Best of_parts[kMostParts];
   uint32_t digit;
   Mass above;
 };
@@ -87,25 +99,32 @@ __device__ Mass block_sum(Shared& s, Mass x) {
   return x;
 }
 
-// The largest logit, of equals the first.
+// The largest logit of a part of the row, of equals the first; an id of `vocab` where there is none.
 template <typename T>
-__device__ int most_likely(Shared& s, const Row<T>& row) {
-  unsigned key = 0;
-  int id = row.vocab;
-  for_each(row, [&](int i, unsigned other) {
-    if (id == row.vocab || other > key) key = other, id = i;  // of equals a thread meets the first one first
-  });
-  auto take = [&](unsigned other, int other_id) {
-    if (other_id < row.vocab && (id == row.vocab || other > key || (other == key && other_id < id)))
-      key = other, id = other_id;
+__device__ Best most_likely(Shared& s, const Row<T>& row, int part, int parts) {
+  Best best{0, row.vocab};
+  auto better = [&](const Best& p, const Best& q) {
+    if (p.id == row.vocab || q.id == row.vocab) return p.id == row.vocab ? q : p;
+    return q.key > p.key || (q.key == p.key && q.id < p.id) ? q : p;
   };
+  auto work = [&](int id, unsigned key) {
+    if (best.id == row.vocab || key > best.key) best = {key, id};  // of equals a thread meets the first one first
+  };
+  for_each(row, work, part, parts);
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) take(__shfl_xor_sync(~0u, key, step), __shfl_xor_sync(~0u, id, step));
-  if (threadIdx.x % 32 == 0) s.best_key[threadIdx.x / 32] = key, s.best_id[threadIdx.x / 32] = id;
+  for (int step = 16; step > 0; step /= 2)
+    best = better(best, {__shfl_xor_sync(~0u, best.key, step), __shfl_xor_sync(~0u, best.id, step)});
+  if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = best;
   __syncthreads();
-  key = s.best_key[0], id = s.best_id[0];
-  for (int w = 1; w < kWarps; w++) take(s.best_key[w], s.best_id[w]);
-  return id;
+  best = s.best[0];
+  for (int w = 1; w < kWarps; w++) best = better(best, s.best[w]);
+  if (parts == 1) return best;
+  auto cluster = cooperative_groups::this_cluster();
+  if (threadIdx.x == 0) *cluster.map_shared_rank(&s.of_parts[part], 0) = best;
+  cluster.sync();
+  if (part == 0)
+    for (int other = 1; other < parts; other++) best = better(best, s.of_parts[other]);
+  return best;
 }
 
 // The largest digit whose bucket, with all above it, holds more than `wanted` − 1; sums of `above` it are left in s.
@@ -235,14 +254,17 @@ __device__ int draw(Shared& s, const Row<T>& row, const Edge& edge, Mass total, 
   return last;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) sample(const __grid_constant__ SampleArgs a) {
+template <typename T, int kParts>
+__global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads)
+    sample(const __grid_constant__ SampleArgs a) {
   __shared__ Shared s;
   release_next();
+  if (kParts > 1) cooperative_groups::this_cluster().sync();  // all its blocks are there, and their memory
   await_previous();
-  const int at = blockIdx.x;
+  const int at = blockIdx.x / kParts, part = blockIdx.x % kParts;
   Row<T> row{static_cast<const T*>(a.logits) + at * a.vocab, static_cast<int>(a.vocab), 0.0f, a.temperature[at]};
-  const int best = most_likely(s, row);
+  const int best = most_likely(s, row, part, kParts).id;
+  if (part > 0) return;
   if (row.temperature == 0.0f) {
     if (threadIdx.x == 0) a.tokens[at] = best;
     return;
@@ -281,7 +303,9 @@ __global__ void __launch_bounds__(kThreads) sample(const __grid_constant__ Sampl
 
 template <typename T>
 const char* launch_sample(const SampleArgs& a, void* stream) {
-  return launch(sample<T>, dim3(static_cast<unsigned>(a.batch)), dim3(kThreads), 0, stream, a);
+  const bool few = a.batch <= kFewRows;
+  const dim3 grid(static_cast<unsigned>(a.batch * (few ? kMostParts : 1)));
+  return launch(few ? sample<T, kMostParts> : sample<T, 1>, grid, dim3(kThreads), 0, stream, a);
 }
 
 }  // namespace

@@ -42,8 +42,9 @@ constexpr int kMostRows = 8;  // of x where there are few
 
 // Rows of x in shared memory, as they enter the product. Warps have equal parts of a row each; `units` are what a 1
 // means where rows are kept in 8 bits, and kMostRows behind that what it means in y, if y is.
-// kTurned: of every eight inputs the order is 0, 4, 1, 5, 2, 6, 3, 7.
-template <typename T, typename Entry, int kWarps, bool kTurned = false>
+// kTurned: of every eight inputs the order is 0, 4, 1, 5, 2, 6, 3, 7. kCrossed: number i of the eights of inputs is at
+// i ^ (i / 8 % 4), so that threads which read four of them each, one after the other, read from different banks.
+template <typename T, typename Entry, int kWarps, bool kTurned = false, bool kCrossed = false>
 struct Entering {
   static constexpr int kCount = 16 / sizeof(T);
   const LinearArgs& a;
@@ -154,7 +155,7 @@ struct Entering {
       for (int j = 0; j < kCount; j++) turned.element[j / 4 + j % 4 * 2] = codes.element[j];
       codes = turned;
     }
-    put(codes, rows + m * stride + i);
+    put(codes, rows + m * stride + (kCrossed ? i ^ (i / 64 % 4 * 8) : i));
   }
 };
 
