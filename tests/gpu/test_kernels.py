@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.kernels import LIBRARY, Kernels
 from lhcompile.artifacts import LARGEST_HALF
+from lhcompile.lower.projections import Projection
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -37,6 +38,11 @@ def computed(outputs: list[Tensor], call: object) -> list[Tensor]:
     call()
     torch.cuda.synchronize()
     return [x.cpu() for x in outputs]
+
+
+def there(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
 
 
 def mixed(kernels: Kernels, mixer: Mixer, in_place: bool = False) -> list[Tensor]:
@@ -164,6 +170,7 @@ EIGHTS = {
     "rms": Linear(width=2048, out=304, norm="rms", activation="gelu_tanh", bias=False),
     "residual": Linear(width=8192, out=304, residual=True),
     "many tiles": Linear(width=272, out=6144, norm="layer", residual=True),
+    "part of a piece": Linear(width=4112, out=304, norm="layer", residual=True),
     "vocabulary": Linear(width=48, out=50304, bias=False),
 }
 
@@ -186,6 +193,7 @@ MLPS = {
     "rms": Mlp(width=2048, hidden=304, out=2048, norm="rms", activation="gelu"),
     "large": Mlp(width=1024, hidden=4096, out=1024),
     "odd tiles": Mlp(width=272, hidden=784, out=80, norm="layer", residual=False),
+    "part of a piece": Mlp(width=2064, hidden=4112, out=304),
 }
 
 
@@ -235,6 +243,7 @@ FOURS = {
     "rms": Linear(width=2048, out=301, norm="rms", activation="gelu_tanh", bias=False),
     "odd blocks": Linear(width=2080, out=300, norm="layer", residual=True),
     "residual": Linear(width=8192, out=304, residual=True),
+    "part of a piece": Linear(width=2304, out=301, norm="rms"),
     "many tiles": Linear(width=768, out=6150, norm="layer", residual=True),
     "vocabulary": Linear(width=256, out=50257, bias=False),
 }
@@ -252,14 +261,27 @@ def test_linear_of_four_bits(
 
 
 @pytest.mark.parametrize("signal", [FLOAT, HALF, BRAIN])
-@pytest.mark.parametrize("batch", [1, 20, 48])
+@pytest.mark.parametrize("batch", [1, 20, 32, 33])
 @pytest.mark.parametrize(
-    "sample", [Sample(), Sample(step=0.5), Sample(vocab=8195, step=0.25), Sample(vocab=50304, step=0.25), Sample(vocab=1)]
+    "sample",
+    [Sample(), Sample(step=0.5), Sample(vocab=8195, step=0.25), Sample(vocab=50304, step=0.25), Sample(vocab=1)],
 )
 def test_sample(kernels: Kernels, sample: Sample, batch: int, signal: ir.DataType) -> None:
     sample = replace(sample, batch=batch, signal=signal)
     (given,) = computed(*kernels.sample(tuple(x for x in placed(sample.call()) if x is not None)))
     torch.testing.assert_close(given, sample.expected()[0])
+
+
+def test_of_the_most_likely_tokens_the_first_is_taken(kernels: Kernels) -> None:
+    """Wherever they lie: eight blocks share a row, each reads 4096 logits or more at once. NaN is above all numbers."""
+    rows = torch.full((6, 1, 70000), -3.0)
+    for row, ids in ((0, (32767, 32768)), (1, (4096, 28672, 69999)), (2, (1, 69999))):
+        rows[row, 0, list(ids)] = 2.0
+    rows[4] = -torch.inf
+    rows[5, 0, 40000] = torch.nan
+    settings = (torch.zeros(6), torch.zeros(6), torch.zeros(6, dtype=torch.int64), torch.ones(6))
+    (given,) = computed(*kernels.sample(tuple(x.cuda() for x in (rows, *settings))))
+    assert given[:, 0].tolist() == [32767, 4096, 1, 0, 0, 40000]
 
 
 def test_rows_do_not_depend_on_their_neighbours(kernels: Kernels) -> None:
@@ -269,6 +291,74 @@ def test_rows_do_not_depend_on_their_neighbours(kernels: Kernels) -> None:
         alone = tuple(x[row : row + 1].contiguous() if i < 3 and x is not None else x for i, x in enumerate(inputs))
         for ours, theirs in zip(computed(*kernels.mixer(alone, 320, 0)), whole, strict=True):
             assert error(ours, theirs[row : row + 1]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["Linear", "LinearFp8", "LinearInt4"])
+def test_what_is_no_number_stays_in_its_row(kernels: Kernels, name: Projection) -> None:
+    """A row of the weight spoils one output, and a row of x its own row: pairs are multiplied together."""
+    linear = Linear(batch=2, time=1, width=512, out=301, signal=HALF, name=name)
+    inputs = list(placed(linear.call()))
+    for rows in (1, 2):
+        x, weight = (there(inputs[place]) for place in (0, 1))
+        for spoiled in (0, 7, 299, 300):
+            spoilt = [x[:rows].contiguous(), *inputs[1:]]
+            place = 1 if name == "Linear" else 6
+            other = there(spoilt[place]).clone()
+            other[spoiled] = torch.nan
+            spoilt[place] = other
+            (y,) = computed(*kernels.linear(tuple(spoilt)))
+            assert torch.isnan(y).nonzero()[:, -1].tolist() == rows * [spoiled]
+        assert torch.isfinite(weight.float()).all()
+    x = x.clone()
+    x[1, 0, 3] = torch.nan
+    (y,) = computed(*kernels.linear((x, *inputs[1:])))
+    assert torch.isfinite(y[0]).all()
+    assert torch.isnan(y[1]).all()
+
+
+@pytest.mark.parametrize("address", [0, 8])
+def test_weights_that_are_no_vectors(kernels: Kernels, address: int) -> None:
+    """Of sixteen bytes: bulk copies cannot bring them."""
+    linear = Linear(batch=1, time=1, width=512, out=48, signal=HALF)
+    inputs = list(placed(linear.call()))
+    weight = there(inputs[1])
+    room = weight.new_empty(weight.numel() + 8)
+    inputs[1] = room[address // 2 : address // 2 + weight.numel()].view(weight.shape).copy_(weight)
+    (y,) = computed(*kernels.linear(tuple(inputs)))
+    assert error(y, linear.expected()[0]) <= BUDGET[HALF]
+
+
+def test_a_graph_of_one_row_replays_what_was_run(kernels: Kernels) -> None:
+    """A layer and a choice in each form of weights, whose kernels overlap, over and over: always the same tokens."""
+    first = Linear(batch=1, time=1, width=256, out=768, norm="layer", signal=HALF)
+    mixer = Mixer(batch=1, channels=256, block=256, signal=HALF, conv_state=HALF)
+    last = Linear(batch=1, time=1, width=256, out=256, residual=True, signal=HALF, name="LinearInt4")
+    mlp = Mlp(batch=1, time=1, width=256, hidden=1024, out=256, norm="layer", signal=HALF)
+    head = Linear(batch=1, time=1, width=256, out=50304, bias=False, signal=HALF, name="LinearFp8")
+    (x,), in_ = kernels.linear(placed(first.call()), "layer")
+    (y, *_), mix = kernels.mixer((x, *placed(mixer.call())[1:]), 256, 0)
+    (z,), out = kernels.linear((y, *placed(last.call())[1:]))
+    (w,), hidden = kernels.mlp((z, *placed(mlp.call())[1:]), mlp.norm, mlp.activation, mlp.epsilon)
+    (logits,), project = kernels.linear((w, *placed(head.call())[1:]))
+    settings = (torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.ones(1))
+    (token,), choose = kernels.sample((logits, *(each.cuda() for each in settings)))
+    calls, values = [in_, mix, out, hidden, project, choose], [x, y, z, w, logits]
+    for call in calls:
+        call()
+        torch.cuda.synchronize()
+    wanted, chosen = [value.clone() for value in values], int(logits.argmax())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls * 8:
+            call()
+    for _ in range(20):
+        for value in values:
+            value.fill_(float("nan"))
+        token.fill_(-1)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(given, value) for given, value in zip(values, wanted, strict=True))
+        assert token.item() == chosen
 
 
 def test_a_graph_replays_what_was_run(kernels: Kernels) -> None:

@@ -158,7 +158,8 @@ __device__ inline float activated(Activation kind, float x) {
 }
 
 // A kernel may start while the one before it in the stream still runs. What it reads or writes of that one's data comes
-// after `await_previous`; until then it reads constants only. Every thread of every kernel here calls both.
+// after `await_previous`; until then it reads constants only, and may ask for other data to come into the cache that
+// all share. Every thread of every kernel here calls both.
 __device__ inline void release_next() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

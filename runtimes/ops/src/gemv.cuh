@@ -2,9 +2,9 @@
 // filled from before the kernel in front has finished, and every multiprocessor has an equal share of the outputs.
 // Between other kernels it is faster than few_rows.cuh, for no output waits for more than one warp.
 //
-// The tensor cores multiply sixteen rows with eight; the product of two rows, of which a thread has the same sixteen
-// bytes, is on the diagonal of theirs, summed over the threads that have parts of it. The second row of the pair is the
-// diagonal of the lower half.
+// The tensor cores multiply sixteen rows with eight. Row g of both factors is the same 64 bytes, of the weight and of
+// x, so their product is on the diagonal, which is summed when a row has ended. The lower eight rows are the pair's
+// second.
 #pragma once
 
 #include "stream.cuh"
@@ -13,8 +13,8 @@
 namespace lhcompile {
 
 constexpr int kGemvWarps = 8, kGemvThreads = 32 * kGemvWarps;
-// Rows of x at most; bytes of one row of a pair that come at once; such pieces in flight, a warp: the next kernel's ring
-// has to fit beside this one's.
+// Rows of x at most; bytes of one row of a pair that come at once; such pieces in flight, a warp: the next kernel's
+// ring has to fit beside this one's.
 template <typename W>
 constexpr int kGemvRows = sizeof(typename W::Entry) == 2 && !W::kScaled ? 2 : 1;
 template <typename W>
@@ -146,8 +146,8 @@ __device__ inline void multiply_piece(float (&sums)[M][4], const char* piece, in
   }
 }
 
-// kCoded: x has codes already. Two blocks, and one of the mixer between them, fit on a multiprocessor: the next kernel
-// can begin.
+// kCoded: x has codes already. Unless x is wide, two blocks, and one of the mixer between them, fit on a
+// multiprocessor: the next kernel can begin.
 template <typename W, typename T, int M, bool kCoded>
 __global__ void __launch_bounds__(kGemvThreads, 2) gemv(const __grid_constant__ GemvArgs g) {
   extern __shared__ __align__(128) char memory[];
@@ -213,7 +213,8 @@ size_t gemv_shared(const LinearArgs& a) {
 // Whether the rows are few enough, and sizes and addresses those of 16-byte vectors.
 template <typename W>
 bool gemv_serves(const LinearArgs& a) {
-  return a.rows <= kGemvRows<W> && a.width % (W::kScaled ? 256 : W::kInputs) == 0 && stream_serves(a, gemv_shared<W>(a));
+  return a.rows <= kGemvRows<W> && a.width % (W::kScaled ? 256 : W::kInputs) == 0 &&
+         stream_serves(a, gemv_shared<W>(a));
 }
 
 template <typename W, typename T>

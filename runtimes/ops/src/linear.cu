@@ -1,4 +1,4 @@
-// Linear on a GPU: a few rows by gemv.cuh and few_rows.cuh; others by cuBLASLt, with a kernel for the norm
+// Linear on a GPU: a few rows of 16 bits by gemv.cuh and few_rows.cuh; others by cuBLASLt, with a kernel for the norm
 // before it, one that makes numbers of 4-bit codes, and one after it for what cuBLASLt cannot add itself.
 #include "cublaslt.h"
 #include "cuda.h"

@@ -1,6 +1,6 @@
-// Sample on a GPU: a block for each row; where there are few, several look for its largest logit. Nothing is sorted: the
-// logit at which the most likely tokens end is found digit by digit, from histograms of counts (top_k) or of probability
-// (top_p).
+// Sample on a GPU: a block for each row; where there are few, several look for its largest logit. Nothing is sorted:
+// the logit at which the most likely tokens end is found digit by digit, from histograms of counts (top_k) or of
+// probability (top_p).
 //
 // Weights exp((logit − largest) / temperature) are kept in whole numbers of 2^−44, so their sums do not depend on the
 // order in which they are added.
@@ -99,7 +99,7 @@ __device__ Mass block_sum(Shared& s, Mass x) {
   return x;
 }
 
-// The largest logit of a part of the row, of equals the first; an id of `vocab` where there is none.
+// The largest logit, of equals the first: in part 0 of the whole row, elsewhere of the part; id `vocab` if it has none.
 template <typename T>
 __device__ Best most_likely(Shared& s, const Row<T>& row, int part, int parts) {
   Best best{0, row.vocab};

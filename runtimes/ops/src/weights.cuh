@@ -1,14 +1,14 @@
-// How weights are kept, and how sixteen bytes of two of their rows are multiplied on the tensor cores. A sum over inputs
-// may run in any order, so a thread takes the numbers in 16 bytes where they lie for those that the instruction wants.
+// How weights are kept, and how sixteen bytes of two of their rows are multiplied on the tensor cores. A sum over
+// inputs may run in any order, so a thread takes numbers where they lie for those that the instruction wants of it.
 #pragma once
 
 #include "device.cuh"
 
 namespace lhcompile {
 
-// Sums [16, 8] over a warp += w [16, inputs] · x [8, inputs]ᵀ. Of as many inputs as 16 bytes have a thread gives pairs, or
-// fours of 8 bits: {first of row t / 4 of w, of row t / 4 + 8, second of the one, of the other} and both of row t / 4 of
-// x. It has the sums of those rows of w with rows t % 4 · 2 and one more of x.
+// Sums [16, 8] over a warp += w [16, K] · x [8, K]ᵀ, for K = 16, or 32 of 8 bits. A thread gives two words of each row:
+// {first of row t / 4 of w, first of row t / 4 + 8, second of the one, second of the other} and both of row t / 4 of x.
+// It has the sums of those rows of w with rows t % 4 · 2 and one more of x.
 __device__ inline void multiply_add(float (&sums)[4], const uint32_t (&w)[4], uint32_t x, uint32_t y, Half) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -28,8 +28,8 @@ __device__ inline void multiply_add(float (&sums)[4], const uint32_t (&w)[4], ui
       : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(x), "r"(y));
 }
 
-// How weights are kept. Entry: what x is kept as; kInputs: of 16 bytes; kScaled: whether those have a scale, of 16 bits;
-// `add` multiplies a thread's 16 bytes of two rows, whose scales are given, with x at the same inputs.
+// Entry: what x is kept as; kInputs: of 16 bytes; kScaled: whether those have a scale, of 16 bits; `add` multiplies a
+// thread's 16 bytes of two rows, whose scales are given, with x at the same inputs.
 template <typename T>
 struct Plain {
   using Entry = T;
