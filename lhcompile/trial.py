@@ -170,7 +170,7 @@ class _Trial:
         compiled, tolerance = self.compiled, verify.state_tolerance(self.compiled.report.state)
         if compiled.report.quantize == "fp8":
             check_drift(model, plain, self._tolerance, compiled.drift)
-            plain.close()
+            model.close()
             assert compiled.rounded is not None
             load, rows = self._load(compiled.rounded), compiled.targets[self.target]
             model, plain = RoundedBetween(load, compiled.states[1], rows), verify.SessionModel(load, rows)
@@ -221,8 +221,9 @@ class _Trial:
 
 
 def _open(directory: Path, target: str, shared: bool, batch: int) -> Session:
+    """shared: no kernel packs a copy of weights. Those of codes need theirs, but in `cuda` functions widen them."""
     chosen = providers(target)
-    shared = shared and chosen is None
+    shared = (shared or target == "cuda") and chosen is None
     return Session.load(
         directory, target=target, batch=batch, providers=chosen, verify=False, share_weights=shared
     )

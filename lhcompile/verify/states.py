@@ -62,11 +62,13 @@ def _round_states(session: Session, states: Sequence[State]) -> None:
 def check_kept(model: SessionModel, rounded: SessionModel, states: Sequence[State], tokens: Tensor) -> None:
     """Raise ParityError unless a directory keeps its states as `states` say, whole and in every way of cutting tokens.
 
-    rounded: the same with states that are rounded from outside
+    rounded: the same with states that are rounded from outside; it is closed when it has been heard
     """
-    tolerance = kept_tolerance({state.dtype for state in states})
-    for cuts in ([tokens.shape[1]], *cuts_of(tokens.shape[1])):
-        found, expected = model.feed(tokens, cuts), rounded.feed(tokens, cuts)
+    tolerance, ways = kept_tolerance({state.dtype for state in states}), [[tokens.shape[1]], *cuts_of(tokens.shape[1])]
+    meant = [rounded.feed(tokens, cuts) for cuts in ways]
+    rounded.close()
+    for cuts, expected in zip(ways, meant, strict=True):
+        found = model.feed(tokens, cuts)
         assert_close(found.logits, expected.logits, tolerance, f"{said(tokens)} fed {describe(cuts)}")
         for state in states:
             value = found.states[state.name]
@@ -78,8 +80,10 @@ def check_kept(model: SessionModel, rounded: SessionModel, states: Sequence[Stat
 
 def check_drift(stepped: SessionModel, plain: SessionModel, tolerance: Tolerance, tokens: Tensor) -> None:
     """Raise ParityError when states in fewer bits carry a directory, fed token by token, away from one with float32
-    states that is fed tokens [rows, time] whole."""
+    states that is fed tokens [rows, time] whole. One is open at a time: `stepped`, in the end."""
+    stepped.close()
     expected = plain.feed(tokens, [tokens.shape[1]])
+    plain.close()
     found = stepped.feed(tokens, [1] * tokens.shape[1])
     half = tokens.shape[1] // 2  # the later half, where drift would show
     assert_close(
