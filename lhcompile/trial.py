@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import torch
 from lhruntime import Session
@@ -29,6 +30,9 @@ from lhcompile.verify.products import check_products
 from lhcompile.verify.states import RoundedBetween, Stepped, check_drift, check_kept
 
 __all__ = ["Compiled", "Contents", "measure", "providers"]
+
+PACKED = "MatMulNBits"
+"""Without a packed copy of its codes its kernel makes numbers of them and rounds no signals."""
 
 
 @dataclass(frozen=True)
@@ -217,13 +221,20 @@ class _Trial:
         directory = self.place / f"{contents.name}, tried"
         if not directory.exists():
             package(directory, contents.files, contents.manifest, force=False)
-        return partial(_open, directory, self.target, shared)
+        return partial(_open, directory, self.target, shared or self._widens(contents))
+
+    def _widens(self, contents: Contents) -> bool:
+        """Whether functions make numbers of codes, so that no kernel has to pack them to multiply them as they are."""
+        graphs = contents.graphs(self.target)
+        files = {self.place / contents.name / graph.file for graph in (graphs.step, graphs.prefill)}
+        models = [onnx.load(file, load_external_data=False) for file in files]
+        return self.target == "cuda" and not any(node.op_type == PACKED for each in models for node in each.graph.node)
 
 
 def _open(directory: Path, target: str, shared: bool, batch: int) -> Session:
-    """shared: no kernel packs a copy of weights. Those of codes need theirs, but in `cuda` functions widen them."""
+    """shared: no kernel packs a copy of weights."""
     chosen = providers(target)
-    shared = (shared or target == "cuda") and chosen is None
+    shared = shared and chosen is None
     return Session.load(
         directory, target=target, batch=batch, providers=chosen, verify=False, share_weights=shared
     )

@@ -27,8 +27,9 @@ def check_masked(
     names = list(kept)
     rows, time = tokens.shape
     lengths = [max(1, time - 3 * row) for row in range(rows)]
-    graphs = [onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in (prefill, step)]
     alone = [plain.feed(tokens[row : row + 1, :length], [length]) for row, length in enumerate(lengths)]
+    plain.close()  # before others take its memory
+    graphs = [onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in (prefill, step)]
     mask = np.arange(time) < np.array(lengths)[:, None]
     zero = [state.zeros(rows).numpy() for state in states]
 
