@@ -315,18 +315,6 @@ def test_what_is_no_number_stays_in_its_row(kernels: Kernels, name: Projection, 
     assert torch.isfinite(y[: rows - 1]).all()
 
 
-@pytest.mark.parametrize("address", [0, 8])
-def test_weights_that_are_no_vectors(kernels: Kernels, address: int) -> None:
-    """Of sixteen bytes: bulk copies cannot bring them."""
-    linear = Linear(batch=1, time=1, width=512, out=48, signal=HALF)
-    inputs = list(placed(linear.call()))
-    weight = there(inputs[1])
-    room = weight.new_empty(weight.numel() + 8)
-    inputs[1] = room[address // 2 : address // 2 + weight.numel()].view(weight.shape).copy_(weight)
-    (y,) = computed(*kernels.linear(tuple(inputs)))
-    assert error(y, linear.expected()[0]) <= BUDGET[HALF]
-
-
 def test_a_graph_of_one_row_replays_what_was_run(kernels: Kernels) -> None:
     """A layer and a choice in each form of weights, whose kernels overlap, over and over: always the same tokens."""
     first = Linear(batch=1, time=1, width=256, out=768, norm="layer", signal=HALF)
