@@ -31,8 +31,9 @@ from lhcompile.verify.states import RoundedBetween, Stepped, check_drift, check_
 
 __all__ = ["Compiled", "Contents", "measure", "providers"]
 
-PACKED = "MatMulNBits"
-"""Without a packed copy of its codes its kernel makes numbers of them and rounds no signals."""
+CODED = {"DequantizeLinear", "MatMulInteger", "MatMulNBits"}
+"""They lead to kernels that multiply codes as they are, which a session packs for them as it opens. Without that some
+make numbers of the codes and round no signals."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class _Trial:
         del rounded  # its memory is for the next
         self.say(f"feeding the graphs in {precision} for {self.target} in every cut")
         self._check_products(compiled.quantized, compiled.rounded)
-        model = self._model(compiled.quantized, shared=False)
+        model = self._model(compiled.quantized)
         verify.check_session(model, expected, self._tolerance)
         if compiled.product is compiled.quantized:
             self._check_masked(model, expected)
@@ -157,8 +158,8 @@ class _Trial:
         kept = "the past of signals in float16" if dtype == "float32" else f"states in {dtype}"
         self.say(f"feeding the graphs with {kept} for {self.target} in every cut")
         before, rows = compiled.quantized or compiled.onnx, compiled.targets[self.target]
-        load = self._load(before, shared=False)
-        model = Stepped(self._load(compiled.kept, shared=False), rows)
+        load = self._load(before)
+        model = Stepped(self._load(compiled.kept), rows)
         check_kept(model, RoundedBetween(load, states, rows), states, tokens)
         self._check_masked(model, model.feed(tokens, [tokens.shape[1]]))
         self._check_decode(model)
@@ -214,21 +215,21 @@ class _Trial:
             tokens = self.compiled.expected.tokens[:rows]
             check_decode(step, decode, graphs.apart, plain, tokens, self._tolerance)
 
-    def _model(self, contents: Contents, shared: bool = True) -> verify.SessionModel:
-        return verify.SessionModel(self._load(contents, shared), self.compiled.targets[self.target])
+    def _model(self, contents: Contents) -> verify.SessionModel:
+        return verify.SessionModel(self._load(contents), self.compiled.targets[self.target])
 
-    def _load(self, contents: Contents, shared: bool = True) -> Callable[[int], Session]:
+    def _load(self, contents: Contents) -> Callable[[int], Session]:
         directory = self.place / f"{contents.name}, tried"
         if not directory.exists():
             package(directory, contents.files, contents.manifest, force=False)
-        return partial(_open, directory, self.target, shared or self._widens(contents))
-
-    def _widens(self, contents: Contents) -> bool:
-        """Whether functions make numbers of codes, so that no kernel has to pack them to multiply them as they are."""
         graphs = contents.graphs(self.target)
-        files = {self.place / contents.name / graph.file for graph in (graphs.step, graphs.prefill)}
-        models = [onnx.load(file, load_external_data=False) for file in files]
-        return self.target == "cuda" and not any(node.op_type == PACKED for each in models for node in each.graph.node)
+        coded = any(_is_coded(directory / graph.file) for graph in (graphs.step, graphs.prefill))
+        return partial(_open, directory, self.target, not coded)
+
+
+def _is_coded(path: Path) -> bool:
+    model = onnx.load(path, load_external_data=False)
+    return any(node.op_type in CODED for part in (model.graph, *model.functions) for node in part.node)
 
 
 def _open(directory: Path, target: str, shared: bool, batch: int) -> Session:
