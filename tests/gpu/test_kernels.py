@@ -164,6 +164,15 @@ def test_linear(kernels: Kernels, name: str, rows: int, kind: tuple[ir.DataType,
     assert error(projected(kernels, linear), linear.expected()[0]) <= (1.5 if rows > 4 else 1) * BUDGET[signal]
 
 
+@pytest.mark.parametrize("name", ["layer", "rms", "rms with bias", "everything", "odd sizes", "wider", "large"])
+@pytest.mark.parametrize("kind", [(FLOAT, None), (HALF, None), (BRAIN, None)])
+def test_linear_of_many_rows(kernels: Kernels, name: str, kind: tuple[ir.DataType, ir.DataType | None]) -> None:
+    """Of which a warp normalizes one after the other, where they are not too wide or odd."""
+    signal, bias_type = kind
+    linear = replace(LINEARS[name], batch=2500, time=1, signal=signal, bias_type=bias_type)
+    assert error(projected(kernels, linear), linear.expected()[0]) <= 1.5 * BUDGET[signal]
+
+
 EIGHTS = {
     "plain": Linear(width=64, out=48),
     "layer": Linear(width=512, out=96, norm="layer", norm_bias=True, activation="gelu"),
@@ -184,6 +193,13 @@ def test_linear_in_eight_bits(
     """The same codes of x enter the product, but for those at the edge between two: a thousandth of them, 6 % apart."""
     signal, bias_type = kind
     linear = replace(EIGHTS[name], batch=rows, time=1, signal=signal, bias_type=bias_type, name="LinearFp8")
+    assert error(projected(kernels, linear), linear.expected()[0]) <= 1.5 * BUDGET[signal] + 2e-3
+
+
+@pytest.mark.parametrize("name", ["plain", "layer", "rms", "many tiles", "part of a piece"])
+@pytest.mark.parametrize("signal", [FLOAT, HALF, BRAIN])
+def test_many_rows_in_eight_bits(kernels: Kernels, name: str, signal: ir.DataType) -> None:
+    linear = replace(EIGHTS[name], batch=2500, time=1, signal=signal, name="LinearFp8")
     assert error(projected(kernels, linear), linear.expected()[0]) <= 1.5 * BUDGET[signal] + 2e-3
 
 
@@ -272,16 +288,26 @@ def test_sample(kernels: Kernels, sample: Sample, batch: int, signal: ir.DataTyp
     torch.testing.assert_close(given, sample.expected()[0])
 
 
-def test_of_the_most_likely_tokens_the_first_is_taken(kernels: Kernels) -> None:
-    """Wherever they lie: eight blocks share a row, each reads 4096 logits or more at once. NaN is above numbers."""
-    rows = torch.full((6, 1, 70000), -3.0)
+@pytest.mark.parametrize("signal", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [70000, 70001])
+@pytest.mark.parametrize("times", [1, 7])
+def test_of_the_most_likely_tokens_the_first_is_taken(
+    kernels: Kernels, times: int, vocab: int, signal: torch.dtype
+) -> None:
+    """Wherever they lie: of few rows eight blocks share each and read 4096 logits or more at once, of many a block has
+    one. NaN of either sign is above numbers."""
+    rows = torch.full((7, 1, vocab), -3.0)
     for row, ids in ((0, (32767, 32768)), (1, (4096, 28672, 69999)), (2, (1, 69999))):
         rows[row, 0, list(ids)] = 2.0
     rows[4] = -torch.inf
     rows[5, 0, 40000] = torch.nan
-    settings = (torch.zeros(6), torch.zeros(6), torch.zeros(6, dtype=torch.int64), torch.ones(6))
+    rows[6, 0, 60000], rows[6, 0, 60001] = -torch.nan, torch.inf
+    rows[3, 0, 5:], rows[3, 0, 5] = 0.0, -0.0
+    rows = rows.to(signal).repeat(times, 1, 1)
+    count = len(rows)
+    settings = (torch.zeros(count), torch.zeros(count), torch.zeros(count, dtype=torch.int64), torch.ones(count))
     (given,) = computed(*kernels.sample(tuple(x.cuda() for x in (rows, *settings))))
-    assert given[:, 0].tolist() == [32767, 4096, 1, 0, 0, 40000]
+    assert given[:, 0].tolist() == times * [32767, 4096, 1, 5, 0, 40000, 60000]
 
 
 def test_rows_do_not_depend_on_their_neighbours(kernels: Kernels) -> None:

@@ -11,10 +11,20 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__device__ float block_sum(float x) {
-  __shared__ float room[kThreads / 32];
+__device__ float warp_sum(float x) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+__device__ float warp_max(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  return x;
+}
+
+__device__ float block_sum(float x) {
+  __shared__ float room[kThreads / 32];
+  x = warp_sum(x);
   __syncthreads();
   if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
   __syncthreads();
@@ -25,8 +35,7 @@ __device__ float block_sum(float x) {
 
 __device__ float block_max(float x) {
   __shared__ float room[kThreads / 32];
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  x = warp_max(x);
   if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
   __syncthreads();
   for (float each : room) x = fmaxf(x, each);
@@ -109,6 +118,87 @@ __global__ void __launch_bounds__(kThreads) normalize(const __grid_constant__ Li
   });
 }
 
+constexpr int64_t kManyRows = 2048;
+constexpr int kMostHeld = 8;  // vectors of a thread
+
+// The same for many rows: each has a warp, which holds its numbers and those of its next row, so no thread waits for
+// another warp. The last rows come first: they were written last, and are in the cache yet. Scale and shift lie in shared memory in planes: every vector's first four numbers, then its next four.
+template <typename T, int kHeld>
+__global__ void __launch_bounds__(kThreads, 2)
+    normalize_many(const __grid_constant__ LinearArgs a, void* to, float* units) {
+  constexpr int V = 16 / sizeof(T), kRows = kThreads / 32, kPlanes = V / 4;
+  extern __shared__ float4 constants[];
+  const int vectors = static_cast<int>(a.width) / V, lane = threadIdx.x % 32;
+  float4 *scale = constants, *shift = constants + kPlanes * vectors;
+  release_next();
+  for (int i = threadIdx.x; i < kPlanes * vectors; i += kThreads) {
+    const int place = i % kPlanes * vectors + i / kPlanes;
+    scale[place] = a.norm_scale ? reinterpret_cast<const float4*>(a.norm_scale)[i] : float4{1, 1, 1, 1};
+    shift[place] = a.norm_bias ? reinterpret_cast<const float4*>(a.norm_bias)[i] : float4{0, 0, 0, 0};
+  }
+  __syncthreads();
+  await_previous();
+  Bits<T, V> next[kHeld];
+  auto each = [&](const auto& work) {
+#pragma unroll
+    for (int n = 0; n < kHeld; n++)
+      if (n * 32 + lane < vectors) work(n, n * 32 + lane);
+  };
+  auto read = [&](int64_t row) {
+    each([&](int n, int at) { next[n] = fetch_bits<T, V>(static_cast<const T*>(a.x) + row * a.width + at * V); });
+  };
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kRows;
+  int64_t row = a.rows - 1 - (static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / 32);
+  if (row >= 0) read(row);
+  for (; row >= 0; row -= step) {
+    float x[kHeld][V], mean = 0, square = 0, by = 1;
+    each([&](int n, int) { widen(numbers<T, V>(next[n]), x[n]); });
+    if (row >= step) read(row - step);
+    if (a.norm == Norm::layer) {
+      each([&](int n, int) {
+#pragma unroll
+        for (int j = 0; j < V; j++) mean += x[n][j];
+      });
+      mean = warp_sum(mean) / a.width;
+    }
+    if (a.norm != Norm::none) {
+      each([&](int n, int) {
+#pragma unroll
+        for (int j = 0; j < V; j++) square += (x[n][j] - mean) * (x[n][j] - mean);
+      });
+      by = rsqrtf(warp_sum(square) / a.width + a.epsilon);
+      each([&](int n, int at) {
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; plane++) {
+          const float4 times = scale[plane * vectors + at], plus = shift[plane * vectors + at];
+          float* four = x[n] + 4 * plane;
+          four[0] = (four[0] - mean) * by * times.x + plus.x, four[1] = (four[1] - mean) * by * times.y + plus.y;
+          four[2] = (four[2] - mean) * by * times.z + plus.z, four[3] = (four[3] - mean) * by * times.w + plus.w;
+        }
+      });
+    }
+    if (!units) {
+      each([&](int n, int at) { store<T, V>(x[n], static_cast<T*>(to) + row * a.width + at * V); });
+      continue;
+    }
+    float largest = 0, norm = 0;
+    each([&](int n, int) {
+#pragma unroll
+      for (int j = 0; j < V; j++) largest = fmaxf(largest, fabsf(x[n][j])), norm += x[n][j] * x[n][j];
+    });
+    const float unit = fmaxf(warp_max(largest), kSmallest) / kLargest;
+    norm = warp_sum(norm);
+    if (lane == 0) units[row] = unit;
+    if (lane == 0 && a.y_unit) a.y_unit[row] = reached(a, norm);
+    each([&](int n, int at) {
+      Vector<uint8_t, V> codes;
+#pragma unroll
+      for (int j = 0; j < V; j++) codes.element[j] = to_eight(x[n][j] / unit);
+      put(codes, static_cast<uint8_t*>(to) + row * a.width + at * V);
+    });
+  }
+}
+
 // y = residual + activation(product + bias), in codes where they are wanted
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ LinearArgs a, const T* product) {
@@ -178,6 +268,20 @@ const char* product_in_codes(const LinearArgs& a, const void* x, const float* un
 }
 
 template <typename T>
+const char* launch_normalize(const LinearArgs& a, void* to, float* units, void* stream) {
+  constexpr int kFew = 16 / sizeof(T);
+  if (a.rows >= kManyRows && a.width % kFew == 0 && a.width <= 32 * kFew * kMostHeld) {
+    const auto kernel = a.width <= 16 * kFew * kMostHeld ? normalize_many<T, kMostHeld / 2> : normalize_many<T, kMostHeld>;
+    const int64_t blocks = (a.rows + kThreads / 32 - 1) / (kThreads / 32), most = 2 * gpu().processors;
+    const dim3 grid(static_cast<unsigned>(blocks < most ? blocks : most));
+    return launch(kernel, grid, dim3(kThreads), 2 * a.width * sizeof(float), stream, a, to, units);
+  }
+  auto kernel = a.width > kThreads * kFew ? normalize<T, kFew, 4> : normalize<T, kFew, 1>;
+  if (a.width % kFew) kernel = normalize<T, 1, 4>;
+  return launch(kernel, dim3(static_cast<unsigned>(a.rows)), dim3(kThreads), 0, stream, a, to, units);
+}
+
+template <typename T>
 const char* many_rows(const LinearArgs& a, void* scratch, void* stream) {
   constexpr int kFew = 16 / sizeof(T);
   const bool eight = a.weight_type == Type::e4m3, four = a.weight_type == Type::u8;
@@ -193,10 +297,7 @@ const char* many_rows(const LinearArgs& a, void* scratch, void* stream) {
     weight = to;
   }
   if (room.x) {
-    auto kernel = a.width > kThreads * kFew ? normalize<T, kFew, 4> : normalize<T, kFew, 1>;
-    if (a.width % kFew) kernel = normalize<T, 1, 4>;
-    const dim3 grid(static_cast<unsigned>(a.rows));
-    if (const char* problem = launch(kernel, grid, dim3(kThreads), 0, stream, a, scratch, units)) return problem;
+    if (const char* problem = launch_normalize<T>(a, scratch, units, stream)) return problem;
     x = scratch;
   }
   if (a.y_unit && !room.product) return product_in_codes(a, x, x_unit, stream);

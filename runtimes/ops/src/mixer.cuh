@@ -23,13 +23,12 @@ const char* launch_one(const MixerArgs& a, void* stream) {
   const int64_t together = a.batch < kRowsAtOnce ? a.batch : kRowsAtOnce;  // rows of a block at a time
   const int64_t groups = (a.batch + together - 1) / together;
   const int64_t most = gpu().processors * kResident<V> / tiles > 0 ? gpu().processors * kResident<V> / tiles : 1;
-  const int64_t each = (groups + most - 1) / most * together;
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>((a.batch + each - 1) / each));
+  const int64_t each = (groups + most - 1) / most;
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>((groups + each - 1) / each));
   auto kernel = one_of<T, C, S, V, false>(a);
   if constexpr (std::is_same_v<T, C>)
     if (a.past[0]) kernel = one_of<T, C, S, V, true>(a);
-  return launch(kernel, grid, dim3(lanes, static_cast<unsigned>(together)), shared(), stream, a,
-                static_cast<int>(each));
+  return launch(kernel, grid, dim3(lanes, static_cast<unsigned>(together)), shared(), stream, a);
 }
 
 // Four channels a thread, unless they are apart, their tables too large, or the rows too few to keep the GPU busy.

@@ -215,7 +215,7 @@ constexpr int kResident = V == 4 ? 2 : 4;
 
 template <typename T, typename C, typename S, int V, int kTaps, bool kPacked, bool kApart>
 __global__ void __launch_bounds__(kLanes* kRowsAtOnce, kResident<V>)
-    mix_one(const __grid_constant__ MixerArgs a, int rows_each) {
+    mix_one(const __grid_constant__ MixerArgs a) {
   extern __shared__ float4 memory[];
   float* all = reinterpret_cast<float*>(memory);
   const Rows rows(a);
@@ -224,18 +224,19 @@ __global__ void __launch_bounds__(kLanes* kRowsAtOnce, kResident<V>)
   release_next();
   using Work = Step<T, C, S, V, kTaps, kPacked, kApart>;
   const Work step(a, rows, all + threadIdx.x * V, width, static_cast<int>(c));
-  const int64_t begin = static_cast<int64_t>(blockIdx.y) * rows_each + threadIdx.y;
-  const int64_t end = min((blockIdx.y + int64_t{1}) * rows_each, a.batch);
-  if (begin < end && c < a.channels) step.expect(begin);
+  // the last rows come first: their tokens were written last, and are in the cache yet
+  int64_t row = a.batch - 1 - (static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y);
+  const int64_t apart = static_cast<int64_t>(gridDim.y) * blockDim.y;
+  if (row >= 0 && c < a.channels) step.expect(row);
   fill_tables(a, rows, all, width, first);
   __syncthreads();
   await_previous();
   if (c >= a.channels) return;
   typename Work::Row now, next;
-  if (begin < end) step.read(begin, next);
-  for (int64_t row = begin; row < end; row += blockDim.y) {
+  if (row >= 0) step.read(row, next);
+  for (; row >= 0; row -= apart) {
     now = next;
-    if (row + blockDim.y < end) step.read(row + blockDim.y, next);
+    if (row >= apart) step.read(row - apart, next);
     step.run(now);
   }
 }

@@ -37,24 +37,30 @@ struct Row {
   }
 };
 
-// Calls work(id, key) for every token of the row, or of part `part` of `parts` of it, once, in one thread or another;
-// 16 bytes are read at once.
-template <typename T, typename F>
-__device__ void for_each(const Row<T>& row, const F& work, int part = 0, int parts = 1) {
+// Calls work(id, numbers) for all logits of the row, or of part `part` of `parts` of it, each once, in one thread or
+// another: a vector of 16 bytes, of which kTogether are read at once, or a single number, from token `id` on.
+template <int kTogether = 1, typename T, typename F>
+__device__ void for_each_vector(const Row<T>& row, const F& work, int part = 0, int parts = 1) {
   constexpr int kCount = 16 / sizeof(T);
   int rest = 0;
   const int first = part * kThreads + static_cast<int>(threadIdx.x), step = parts * kThreads;
   if (reinterpret_cast<uintptr_t>(row.logits) % 16 == 0) {
     rest = row.vocab / kCount * kCount;
-    for (int base = first * kCount; base < rest; base += step * kCount) {
-      float each[kCount];
-      load<T, kCount>(row.logits + base, each);
-#pragma unroll
-      for (int j = 0; j < kCount; j++) work(base + j, key_of(each[j]));
-    }
+#pragma unroll kTogether
+    for (int base = first * kCount; base < rest; base += step * kCount) work(base, fetch<T, kCount>(row.logits + base));
   }
 #pragma unroll 4
-  for (int id = rest + first; id < row.vocab; id += step) work(id, row.key(id));
+  for (int id = rest + first; id < row.vocab; id += step) work(id, fetch<T, 1>(row.logits + id));
+}
+
+// Calls work(id, key) for every token of the row, once, in one thread or another.
+template <typename T, typename F>
+__device__ void for_each(const Row<T>& row, const F& work) {
+  for_each_vector(row, [&](int base, const auto& all) {
+    constexpr int kCount = sizeof(all) / sizeof(T);
+#pragma unroll
+    for (int j = 0; j < kCount; j++) work(base + j, key_of(widen(all.element[j])));
+  });
 }
 
 // Tokens that stay: those with a larger key, and of those with this key the first `equal` by id.
@@ -63,16 +69,18 @@ struct Edge {
   Mass equal;
 };
 
+// Of logits: NaN is above all numbers.
 struct Best {
-  unsigned key;
+  float logit;
   int id;
 };
 
 struct Shared {
   uint32_t low[kBuckets], high[kBuckets];  // a bucket's sum in halves: only those have an atomic addition
   Mass sums[kWarps];
-  Best best[kWarps];
+  float largest[kWarps];
   int counts[kWarps];
+  int first;
   Best of_parts[kMostParts];
   uint32_t digit;
   Mass above;
@@ -99,31 +107,74 @@ __device__ Mass block_sum(Shared& s, Mass x) {
   return x;
 }
 
+__device__ float larger(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+__device__ bool is_same(float x, float y) { return x == y || (isnan(x) && isnan(y)); }
+
+// Numbers of 16 bits are compared in pairs.
+template <typename T, int N>
+__device__ float largest_of(const Vector<T, N>& all) {
+  if constexpr (sizeof(T) == 2 && N == 8) {
+    std::conditional_t<std::is_same_v<T, Half>, __half2, __nv_bfloat162> pairs[4];
+    memcpy(pairs, &all, sizeof(pairs));
+    const auto both = __hmax2_nan(__hmax2_nan(pairs[0], pairs[1]), __hmax2_nan(pairs[2], pairs[3]));
+    return larger(widen(both.x), widen(both.y));
+  } else {
+    float largest = widen(all.element[0]);
+#pragma unroll
+    for (int j = 1; j < N; j++) largest = larger(largest, widen(all.element[j]));
+    return largest;
+  }
+}
+
+__device__ float warp_largest(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = larger(x, __shfl_xor_sync(~0u, x, step));
+  return x;
+}
+
 // The largest logit, of equals the first: in part 0 of the whole row, elsewhere of the part; id `vocab` if it has none.
+// Whoever has met it looks for its place once it is known.
 template <typename T>
 __device__ Best most_likely(Shared& s, const Row<T>& row, int part, int parts) {
-  Best best{0, row.vocab};
-  auto better = [&](const Best& p, const Best& q) {
-    if (p.id == row.vocab || q.id == row.vocab) return p.id == row.vocab ? q : p;
-    return q.key > p.key || (q.key == p.key && q.id < p.id) ? q : p;
+  constexpr int kCount = 16 / sizeof(T);
+  float mine = -INFINITY;
+  int place = row.vocab;  // where the vector begins in which it was met first
+  auto meet = [&](int base, const auto& all) {
+    const float next = larger(mine, largest_of(all));
+    if (place == row.vocab || !is_same(next, mine)) mine = next, place = base;
   };
-  auto work = [&](int id, unsigned key) {
-    if (best.id == row.vocab || key > best.key) best = {key, id};  // of equals a thread meets the first one first
-  };
-  for_each(row, work, part, parts);
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2)
-    best = better(best, {__shfl_xor_sync(~0u, best.key, step), __shfl_xor_sync(~0u, best.id, step)});
-  if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = best;
+  for_each_vector<4>(row, meet, part, parts);
+  const float of_warp = warp_largest(mine);
+  if (threadIdx.x % 32 == 0) s.largest[threadIdx.x / 32] = of_warp;
+  if (threadIdx.x == 0) s.first = row.vocab;
   __syncthreads();
-  best = s.best[0];
-  for (int w = 1; w < kWarps; w++) best = better(best, s.best[w]);
+  static_assert(kWarps == 32, "a number for each lane");
+  Best best{warp_largest(s.largest[threadIdx.x % 32]), row.vocab};
+  if (is_same(mine, best.logit)) {
+#pragma unroll
+    for (int j = kCount - 1; j >= 0; j--)
+      if (place + j < row.vocab && is_same(widen(row.logits[place + j]), best.logit)) best.id = place + j;
+    atomicMin(&s.first, best.id);
+  }
+  __syncthreads();
+  best.id = s.first;
   if (parts == 1) return best;
   auto cluster = cooperative_groups::this_cluster();
   if (threadIdx.x == 0) *cluster.map_shared_rank(&s.of_parts[part], 0) = best;
   cluster.sync();
-  if (part == 0)
-    for (int other = 1; other < parts; other++) best = better(best, s.of_parts[other]);
+  if (part > 0) return best;
+  for (int p = 1; p < parts; p++) {
+    const Best other = s.of_parts[p];
+    if (is_same(other.logit, best.logit)) {
+      best.id = min(best.id, other.id);
+    } else if (is_same(larger(best.logit, other.logit), other.logit)) {
+      best = other;
+    }
+  }
   return best;
 }
 
@@ -255,22 +306,22 @@ __device__ int draw(Shared& s, const Row<T>& row, const Edge& edge, Mass total, 
 }
 
 template <typename T, int kParts>
-__global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads)
+__global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, kParts > 1 ? 1 : 2)
     sample(const __grid_constant__ SampleArgs a) {
   __shared__ Shared s;
   release_next();
   if (kParts > 1) cooperative_groups::this_cluster().sync();  // all its blocks are there, and their memory
   await_previous();
-  const int at = blockIdx.x / kParts, part = blockIdx.x % kParts;
+  const int part = blockIdx.x % kParts;
+  const int at = kParts > 1 ? blockIdx.x / kParts : gridDim.x - 1 - blockIdx.x;  // the last logits are in the cache yet
   Row<T> row{static_cast<const T*>(a.logits) + at * a.vocab, static_cast<int>(a.vocab), 0.0f, a.temperature[at]};
-  const int best = most_likely(s, row, part, kParts).id;
+  const Best best = most_likely(s, row, part, kParts);
   if (part > 0) return;
   if (row.temperature == 0.0f) {
-    if (threadIdx.x == 0) a.tokens[at] = best;
+    if (threadIdx.x == 0) a.tokens[at] = best.id;
     return;
   }
-  row.largest = widen(row.logits[best]);
-  __syncthreads();
+  row.largest = best.logit;
 
   Edge edge{0, 0};  // every key is larger
   if (a.top_k[at] > 0 && a.top_k[at] < a.vocab) {
