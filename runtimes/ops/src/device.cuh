@@ -60,6 +60,14 @@ __device__ inline void put(const Vector<T, N>& all, T* to) {
   *reinterpret_cast<Word<sizeof(T) * N>*>(to) = bits;
 }
 
+// What nobody reads before much else has passed through the cache.
+template <typename T, int N>
+__device__ inline void put_away(const Vector<T, N>& all, T* to) {
+  Word<sizeof(T) * N> bits;
+  memcpy(&bits, &all, sizeof(bits));
+  __stcs(reinterpret_cast<Word<sizeof(T) * N>*>(to), bits);
+}
+
 template <typename T, int N>
 __device__ inline void widen(const Vector<T, N>& from, float (&to)[N]) {
 #pragma unroll

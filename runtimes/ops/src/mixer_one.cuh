@@ -69,7 +69,7 @@ struct Step {
       for (int v = 0; v < V; v++)
         if (index(n, v) >= 0) row.next_at[index(n, v)] = kept.element[v];
     } else {
-      put(kept, row.next_at + n * channels);
+      put_away(kept, row.next_at + n * channels);
     }
   }
 
