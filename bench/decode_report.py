@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 __all__ = ["picture", "tables", "write"]
 
-COLORS = {"ours": "#d1495b", "transformer": "#4c78a8", "hyena": "#72a276", "loop": "#b79a5b", "loop, eager": "#999999"}
+COLORS = {"transformer": "#4c78a8", "hyena": "#72a276", "loop": "#b79a5b", "loop, eager": "#999999"}
+OURS = {"fp8": "#8d1f3a", "int4": "#e8a0a9"}
 Row = dict[str, Any]
 
 
@@ -130,7 +131,8 @@ def picture(result: dict[str, Row], path: Path) -> None:
 
 
 def _color(system: str) -> str:
-    return COLORS.get(system.split()[0] if system.startswith("ours") else system, "#333333")
+    name, _, precision = system.partition(" ")
+    return OURS.get(precision.partition(":")[0], "#d1495b") if name == "ours" else COLORS.get(system, "#333333")
 
 
 def _bars(axes: Axes, found: Row) -> None:
