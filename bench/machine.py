@@ -67,11 +67,11 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
+    """Of the code that ran; "-dirty" where it was changed since."""
     here = Path(__file__).parent
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-        )
+        command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+        result = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # there is no git
         return None
     return result.stdout.strip() or None
