@@ -198,7 +198,7 @@ def verify_directory(
     if source is None:
         return Verification(len(manifest.files), cuts)
     exact = all(layer.tap_error == 0 for layer in manifest.distillation) and manifest.quantize in (None, "none")
-    if exact and _state_type(manifest) is None:
+    if exact and verify.rounded_to(manifest.states) is None:
         verify.check_stage(model, source.module, few, verify.ONNX)
     say(f"measuring on {rows.shape[:2].numel()} positions")
     with TemporaryDirectory() as place:
@@ -212,15 +212,10 @@ def verify_directory(
     return Verification(len(manifest.files), cuts, tuple(stages))
 
 
-def _state_type(manifest: Manifest) -> str | None:
-    """What states are kept in, where that loses something: float16 beside float32 is the past of a float16 signal."""
-    kept = {state.dtype for state in manifest.states}
-    return "int8" if "int8" in kept else "float16" if "float16" in kept and "float32" not in kept else None
-
-
 def _tolerance(manifest: Manifest, target: str) -> verify.Tolerance:
     """For one way of cutting a sequence against another: states in fewer bits are rounded wherever it is cut."""
-    tolerance, dtype = verify.quantized_tolerance(target, manifest.quantize or "none"), _state_type(manifest)
+    tolerance = verify.quantized_tolerance(target, manifest.quantize or "none")
+    dtype = verify.rounded_to(manifest.states)
     if dtype is None:
         return tolerance
     return max(verify.state_tolerance(dtype), tolerance, key=lambda each: each.relative)

@@ -309,10 +309,14 @@ class Distilled:
 
 @dataclass(frozen=True)
 class Past:
-    """A state that a decode graph has as one tensor a token: its inputs, the oldest token first; output: the newest."""
+    """A state that a decode graph has as one tensor a token: its inputs, the oldest token first; output: the newest.
+
+    dtype: of the tensors, where it is not the state's: "bfloat16" where the state is float32 and holds no other numbers
+    """
 
     inputs: list[str]
     output: str
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -123,7 +124,7 @@ def manifest_of(
             step=_graph(step, lowered.step),
             prefill=_graph(prefill, lowered.prefill),
             decode=None if decode is None or lowered.decode is None else _graph(decode, lowered.decode),
-            past={name: Past(inputs=each.inputs, output=each.output) for name, each in lowered.past.items()} or None,
+            past={name: Past(**asdict(each)) for name, each in lowered.past.items()} or None,
             batch=lowered.batch,
         )
         for lowered, (step, prefill), decode in zip(targets, graph_names(targets), decode_names(targets), strict=True)

@@ -38,9 +38,9 @@ from lhcompile.lower import complete, lower, masked
 from lhcompile.package import check_destination, package, size_of, workspace
 from lhcompile.package.genai import PROVIDERS, GenaiFiles
 from lhcompile.quantize import (
-    half_pasts,
     keep_states,
     kept_in,
+    past_types,
     plan_weights,
     quantize,
     quantize_poles,
@@ -189,8 +189,7 @@ def _kept_states(
 ) -> tuple[State, ...]:
     dtype = config.quantize.state
     ranges = state_ranges(streamed, sequences[:, : config.streamify.max_context]) if dtype == "int8" else None
-    halves = set.intersection(*map(half_pasts, targets))
-    return kept_in(streamed.states, dtype, ranges, halves)
+    return kept_in(streamed.states, dtype, ranges, past_types(targets))
 
 
 def _contents(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def write_directory(program: Program, lowered: Lowered, destination: Path) -> Pa
             step=Graph(file="step.onnx"),
             prefill=Graph(file="prefill.onnx"),
             decode=Graph(file="decode.onnx") if lowered.decode is not None else None,
-            past={name: Past(inputs=each.inputs, output=each.output) for name, each in lowered.past.items()} or None,
+            past={name: Past(**asdict(each)) for name, each in lowered.past.items()} or None,
         ),
         inputs=Inputs(tokens="input_ids"),
         outputs=Outputs(logits="logits"),

@@ -62,5 +62,5 @@ def complete(lowered: Lowered, decode: bool = False) -> Lowered:
     lowered = replace(lowered, step=step, prefill=prefill, decode=None, past={})
     if not chosen:
         return lowered
-    graph, past = decoding(step)
+    graph, past = decoding(step, prefill)
     return replace(lowered, decode=with_forms(graph), past=past)

@@ -12,7 +12,8 @@ projection writes: a loop gives the tensors new names from call to call, and not
     step     conv_state [batch, k − 1, C] → conv_state' [batch, k − 1, C]
     decode   conv_state.past_{k − 1}, …, conv_state.past_1, each [batch, 1, C] → conv_state'.newest [batch, 1, C]
 
-The number is the age of a token, in calls.
+The number is the age of a token, in calls. The tokens are of the projection's type: also those of a bfloat16 signal,
+whose window is float32 in the other graphs.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ TOKENS = "tokens"
 """Name of the first output."""
 
 
-def decoding(step: ir.Model) -> tuple[ir.Model, dict[str, Past]]:
-    """The decode graph of a step graph of tokens, which shares its weights and stays as it is.
+def decoding(step: ir.Model, prefill: ir.Model) -> tuple[ir.Model, dict[str, Past]]:
+    """The decode graph of a step graph of tokens, which shares its weights and stays as it is; prefill: the graph whose
+    states it goes on with.
 
     And the states, by their input in the step, whose tokens are tensors of their own in it.
     """
@@ -59,34 +61,60 @@ def decoding(step: ir.Model) -> tuple[ir.Model, dict[str, Past]]:
     graph.name = "decode"
     model.opset_imports[DOMAIN] = 1
     past = {}
-    for node in list(graph):
-        before = node.inputs[1] if (node.domain, node.op_type) == (DOMAIN, "HyenaMixer") else None
-        if before is not None and _is_window(graph, node, before):
-            past[str(before.name)] = _take_apart(graph, node, before)
+    filled = {name: signal for name, (_, signal) in _windows(prefill.graph).items()}
+    for name, (mixer, signal) in _windows(graph).items():
+        if _is_taken_apart(mixer) and filled.get(name) == signal:
+            past[name] = _take_apart(graph, mixer)
     common.RemoveUnusedNodesPass()(model)
     return model, past
 
 
-def _is_window(graph: ir.Graph, mixer: ir.Node, before: ir.Value) -> bool:
-    """Whether a mixer's past is a state of the graph that holds the tokens of its projection as they are."""
-    projected, after = mixer.inputs[0], mixer.outputs[1]
-    if not before.is_graph_input() or len(before.uses()) != 1 or not after.is_graph_output() or after.uses():
-        return False
-    if projected is None or projected.producer() is None or projected.is_graph_output() or before.shape is None:
-        return False
-    return projected.dtype == before.dtype and before.shape[1] in range(1, _MOST + 1)
+def _windows(graph: ir.Graph) -> dict[str, tuple[ir.Node, ir.DataType]]:
+    """Mixers and the type of their signal, by the name of the state that is their past, where it holds the signal's
+    tokens as they are."""
+    found = {}
+    for node in graph:
+        if (node.domain, node.op_type) != (DOMAIN, "HyenaMixer"):
+            continue
+        (projected, before), after = node.inputs[:2], node.outputs[1]
+        if projected is None or before is None or not before.is_graph_input() or len(before.uses()) != 1:
+            continue
+        if not after.is_graph_output() or after.uses() or projected.dtype is None:
+            continue
+        if (projected.dtype, before.dtype) in _HELD:
+            found[str(before.name)] = (node, projected.dtype)
+    return found
 
 
-def _take_apart(graph: ir.Graph, mixer: ir.Node, before: ir.Value) -> Past:
+_HELD = {
+    *((kind, kind) for kind in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)),
+    (ir.DataType.BFLOAT16, ir.DataType.FLOAT),
+}
+"""Types of a signal, and of windows that hold all of its numbers."""
+
+
+def _is_taken_apart(mixer: ir.Node) -> bool:
+    projected, before = mixer.inputs[:2]
+    assert projected is not None
+    assert before is not None
+    if projected.producer() is None or projected.is_graph_output() or before.shape is None:
+        return False
+    return before.shape[1] in range(1, _MOST + 1)
+
+
+def _take_apart(graph: ir.Graph, mixer: ir.Node) -> Past:
     """The mixer becomes a HyenaStep, its state one tensor a token."""
-    projected, _, *rest = mixer.inputs
+    projected, before, *rest = mixer.inputs
     mixed, after, state = mixer.outputs
     assert projected is not None
+    assert before is not None
+    assert projected.dtype is not None
     assert before.shape is not None
     batch, count, channels = before.shape
     assert isinstance(count, int)
     shape = ir.Shape([batch, 1, channels])
-    tokens = [ir.Value(name=f"{before.name}.past_{age}", shape=shape, type=before.type) for age in range(count, 0, -1)]
+    kind = ir.TensorType(projected.dtype)
+    tokens = [ir.Value(name=f"{before.name}.past_{age}", shape=shape, type=kind) for age in range(count, 0, -1)]
     rest += [None] * (8 - len(rest))
     step = ir.node("HyenaStep", [projected, *rest, *tokens], mixer.attributes, domain=DOMAIN, num_outputs=2)
     graph.outputs[graph.outputs.index(after)] = projected
@@ -96,7 +124,8 @@ def _take_apart(graph: ir.Graph, mixer: ir.Node, before: ir.Value) -> Past:
     for token in reversed(tokens):
         graph.inputs.insert(place, token)
     projected.name, projected.shape = f"{after.name}.newest", shape
-    return Past([str(token.name) for token in tokens], str(projected.name))
+    dtype = None if projected.dtype == before.dtype else projected.dtype.name.lower()
+    return Past([str(token.name) for token in tokens], str(projected.name), dtype)
 
 
 def _narrow(logits: ir.Value) -> ir.Value:

@@ -110,10 +110,12 @@ class Past(_Part):
 
     inputs: in its place among the inputs, the oldest position first
     output: in its place among the outputs, the position that is the newest in the next call; the others become older
+    dtype: of the tensors, where it is not the state's: those of a float32 state may be bfloat16, which holds all of it
     """
 
     inputs: list[Name]
     output: Name
+    dtype: Literal["bfloat16"] | None = None
 
 
 class Graphs(_Part):

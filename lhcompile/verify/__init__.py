@@ -25,6 +25,7 @@ from lhcompile.verify.budgets import (
     STREAMED,
     Tolerance,
     quantized_tolerance,
+    rounded_to,
     state_tolerance,
 )
 from lhcompile.verify.model import StageFidelity
@@ -49,6 +50,7 @@ __all__ = [
     "fed",
     "fidelity",
     "quantized_tolerance",
+    "rounded_to",
     "said",
     "state_tolerance",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 __all__ = [
     "CAPTURED",
@@ -15,6 +16,7 @@ __all__ = [
     "codes_tolerance",
     "kept_tolerance",
     "quantized_tolerance",
+    "rounded_to",
     "state_tolerance",
 ]
 
@@ -61,11 +63,32 @@ def codes_tolerance(terms: int) -> Tolerance:
     return Tolerance("codes", max(2e-5, math.sqrt(terms) * 2.0**-24), reason, of_each=True)
 
 
-def kept_tolerance(dtypes: Collection[str]) -> Tolerance:
-    """For graphs that keep their states in `dtypes` against the same graphs whose states are rounded from outside."""
-    if "int8" not in dtypes and "float32" in dtypes:
+class Kept(Protocol):
+    """A state, as the stages or as the manifest have it."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+
+def rounded_to(states: Collection[Kept]) -> str | None:
+    """What states are kept in, where that loses something: the past of a float16 signal alone, in float16 beside others
+    in float32, loses nothing."""
+    kept = {state.dtype for state in states}
+    if "int8" in kept:
+        return "int8"
+    beside = {state.dtype for state in states if state.kind != "fir"}
+    return "float16" if "float16" in beside or ("float16" in kept and "float32" not in kept) else None
+
+
+def kept_tolerance(states: Collection[Kept]) -> Tolerance:
+    """For graphs that keep their states so against the same graphs whose states are rounded from outside."""
+    dtype = rounded_to(states)
+    if dtype is None:
         return Tolerance("states", 0.0, "what float16 keeps is the past of a float16 signal, bit for bit")
-    share = 1e-3 if "int8" in dtypes else 2e-4
+    share = 1e-3 if dtype == "int8" else 2e-4
     reason = "the same kernels read the same states; a number halfway between two codes may be rounded to either"
     return Tolerance("states", share, reason, on_average=True)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from lhruntime.bfloat16 import array_of, value_of
 from lhruntime.model import SETTINGS
 from numpy.typing import NDArray
 
@@ -61,13 +62,16 @@ def _feed(
 ) -> list[list[Array]]:
     """Outputs of every call: logits or tokens, and the states."""
     graph = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    first, outputs = graph.get_inputs()[0].name, []
+    (first, *_), outputs = graph.get_inputs(), []
+    types = {value.name: value.type for value in graph.get_inputs()}
     for column in range(ids.shape[1]):
         carried: dict[str, Array] = {}
         for name, state in states.items():
             positions = np.split(state, state.shape[1], axis=1) if name in past else [state]
             carried |= dict(zip(past.get(name, [name]), positions, strict=True))
-        said, *after = graph.run(None, {first: ids[:, column : column + 1], **carried, **settings})
+        feeds = {first.name: ids[:, column : column + 1], **carried, **settings}
+        given = {name: value_of(array, types[name]) for name, array in feeds.items()}
+        said, *after = map(array_of, graph.run_with_ort_values(None, given))
         states = {
             name: np.concatenate([state[:, 1:], new], axis=1) if name in past else new
             for (name, state), new in zip(states.items(), after, strict=True)

@@ -64,7 +64,7 @@ def check_kept(model: SessionModel, rounded: SessionModel, states: Sequence[Stat
 
     rounded: the same with states that are rounded from outside; it is closed when it has been heard
     """
-    tolerance, ways = kept_tolerance({state.dtype for state in states}), [[tokens.shape[1]], *cuts_of(tokens.shape[1])]
+    tolerance, ways = kept_tolerance(states), [[tokens.shape[1]], *cuts_of(tokens.shape[1])]
     meant = [rounded.feed(tokens, cuts) for cuts in ways]
     rounded.close()
     for cuts, expected in zip(ways, meant, strict=True):

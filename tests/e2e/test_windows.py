@@ -12,10 +12,13 @@ from models import ORDERS, VOCAB, Hyena, RotaryAttention, program_of, with_modal
 from streams import write_directory
 from torch import nn
 
+from lhcompile.config import QuantizeConfig
 from lhcompile.lower import complete, lower
+from lhcompile.quantize import quantize
 from lhcompile.streamify import streamify
 
 MODELS: dict[str, tuple[list[type[nn.Module]], list[int] | None, list[int], int]] = {
+    "three, in bfloat16": ([Hyena], None, [2], 4),
     "one tap": ([with_taps(1)], None, [], 2),
     "two": ([with_taps(2)], None, [1], 2),
     "three": ([Hyena], None, [2], 4),
@@ -30,7 +33,11 @@ MODELS: dict[str, tuple[list[type[nn.Module]], list[int] | None, list[int], int]
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     mixers, orders, past, _ = MODELS[request.param]
     program = streamify(with_modal(program_of(*mixers), orders=orders))
-    lowered = complete(lower(program, "cuda"), decode=True)
+    lowered = lower(program, "cuda")
+    if "bfloat16" in request.param:
+        lowered = quantize(lowered, QuantizeConfig(quantize="bf16")).lowered
+    lowered = complete(lowered, decode=True)
+    assert {each.dtype for each in lowered.past.values()} <= {"bfloat16" if "bfloat16" in request.param else None}
     assert [len(each.inputs) for each in lowered.past.values()] == past
     return request.param, write_directory(program, lowered, tmp_path_factory.mktemp("windows") / "out")
 

@@ -83,10 +83,12 @@ class PastSpec:
     """A state [batch, positions, channels] that decode has in tensors of its own, one for each position.
 
     inputs: in its place among the inputs, the oldest first; output: in its place among the outputs, the newest
+    dtype: of the tensors, where it is not the state's: "bfloat16", which holds all numbers of that state
     """
 
     inputs: tuple[str, ...]
     output: str
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -252,11 +254,15 @@ def _past(raw: Mapping[str, Any], name: str, where: str, states: Sequence[StateS
     entry = _get(raw, name, dict, where)
     where = f"{where}{name}."
     inputs = _get(entry, "inputs", list, where)
-    shape = next((state.shape for state in states if state.input == name), ())
+    state = next((state for state in states if state.input == name), None)
+    shape = () if state is None else state.shape
     named = inputs and all(isinstance(each, str) for each in inputs)
     if not named or len(shape) != 3 or shape[:2] != ("batch", len(inputs)):
         raise FormatError(f"manifest.json: {where}inputs is {inputs}, the state is {list(shape)}")
-    return PastSpec(tuple(inputs), _get(entry, "output", str, where))
+    dtype = _get(entry, "dtype", str, where) if "dtype" in entry else None
+    if dtype is not None and (dtype != "bfloat16" or state is None or state.dtype != np.float32):
+        raise FormatError(f"manifest.json: {where}dtype is {dtype!r}, expected 'bfloat16' for a state of float32")
+    return PastSpec(tuple(inputs), _get(entry, "output", str, where), dtype)
 
 
 def _graph(graphs: Mapping[str, Any], kind: str, where: str, files: Mapping[str, FileRecord]) -> GraphSpec:

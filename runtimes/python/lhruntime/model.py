@@ -30,6 +30,7 @@ Dim = int | str
 _ORT_TYPES = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
     "float64": "tensor(double)",
     "int64": "tensor(int64)",
     "int32": "tensor(int32)",
@@ -292,8 +293,9 @@ def _carried(states: Sequence[StateSpec], past: Mapping[str, PastSpec]) -> tuple
         apart, shape = PastSpec((state.input,), state.output), state.shape
         if state.input in past:
             apart, shape = past[state.input], (shape[0], 1, *shape[2:])
-        reads += [_Carried(name, state.dtype.name, shape) for name in apart.inputs]
-        writes.append(_Carried(apart.output, state.dtype.name, shape))
+        dtype = apart.dtype or state.dtype.name
+        reads += [_Carried(name, dtype, shape) for name in apart.inputs]
+        writes.append(_Carried(apart.output, dtype, shape))
     return reads, writes
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnxruntime as ort
 
+from lhruntime.bfloat16 import BFLOAT16, from_bits, to_bits
 from lhruntime.errors import ArgumentError
 from lhruntime.manifest import PastSpec, StateSpec
 from lhruntime.model import LoadedModel
@@ -137,12 +138,17 @@ class _Sides:
 
 
 class _Window:
-    """The last positions of a signal in a ring of tensors: a call writes one of them, which the next calls read."""
+    """The last positions of a signal in a ring of tensors: a call writes one of them, which the next calls read.
+
+    The tensors may be of bfloat16 where the state is float32 and holds no other numbers.
+    """
 
     def __init__(self, model: LoadedModel, spec: StateSpec, past: PastSpec, count: int, length: int) -> None:
         _, self._positions, channels = spec.sized(count)
         self._past = past
-        self._ring = [_Rows(model, (count, 1, channels), spec.dtype) for _ in range(length)]
+        self._bits = past.dtype is not None
+        dtype = np.dtype(np.uint16) if self._bits else spec.dtype
+        self._ring = [_Rows(model, (count, 1, channels), dtype, self._bits) for _ in range(length)]
         self._inlet = _Rows(model, (1, self._positions, channels), spec.dtype)
         each = self._ring[0].value.tensor_size_in_bytes()
         self.bytes, self.traffic = self._positions * each, (self._positions + 1) * each
@@ -161,11 +167,13 @@ class _Window:
 
     def settle(self, index: int, call: int) -> None:
         state = self._inlet.value.numpy()
+        state = to_bits(state) if self._bits else state
         for position, rows in enumerate(self._read(call)):
             rows.row(index).update_inplace(np.ascontiguousarray(state[:, position : position + 1]))
 
     def read(self, index: int, call: int) -> Array:
-        return np.concatenate([rows.row(index).numpy() for rows in self._read(call)], axis=1)
+        state = np.concatenate([rows.row(index).numpy() for rows in self._read(call)], axis=1)
+        return from_bits(state) if self._bits else state
 
     def zero(self, call: int) -> None:
         for rows in self._read(call):
@@ -173,16 +181,21 @@ class _Window:
 
 
 class _Rows:
-    """A tensor on the model's device, a row for each sequence."""
+    """A tensor on the model's device, a row for each sequence.
 
-    def __init__(self, model: LoadedModel, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
+    bits: for graphs it is of bfloat16, for the host of uint16, the dtype given
+    """
+
+    def __init__(self, model: LoadedModel, shape: Sequence[int], dtype: np.dtype[Any], bits: bool = False) -> None:
         self._model, self._shape, self._dtype = model, tuple(shape), dtype
         where = (model.device, model.device_id)
-        self.value = ort.OrtValue.ortvalue_from_shape_and_type(self._shape, dtype.type, *where)
+        self.value = ort.OrtValue.ortvalue_from_shape_and_type(self._shape, BFLOAT16 if bits else dtype.type, *where)
 
     def row(self, index: int) -> ort.OrtValue:
         """One row where it lies: what is written to it is written there."""
-        shape = (1, *self._shape[1:])
+        return self._view(index, (1, *self._shape[1:]))
+
+    def _view(self, index: int, shape: Sequence[int]) -> ort.OrtValue:
         address = self.value.data_ptr() + index * self._dtype.itemsize * prod(shape)
         view = self._model.prefill.io_binding()
         where = (self._model.device, self._model.device_id)
@@ -191,7 +204,7 @@ class _Rows:
         return value
 
     def zero(self) -> None:
-        self.value.update_inplace(np.zeros(self._shape, self._dtype))
+        self._view(0, self._shape).update_inplace(np.zeros(self._shape, self._dtype))
 
 
 class Prompts:

@@ -63,6 +63,15 @@ def test_a_past_in_tensors_of_its_own_is_of_a_state(copy: Path) -> None:
         path.write_text(json.dumps(manifest))
         with pytest.raises(FormatError, match=rf"graphs\.past\.{name}\.inputs is "):
             read_manifest(copy)
+    manifest["graphs"]["past"] = {window: good | {"dtype": "bfloat16"}}
+    path.write_text(json.dumps(manifest))
+    assert read_manifest(copy).graphs[manifest["target"]].past[window].dtype == "bfloat16"
+    for dtype, kept in (("float16", "float32"), ("bfloat16", "float16"), (16, "float32")):
+        manifest["graphs"]["past"], manifest["states"][0]["dtype"] = {window: good | {"dtype": dtype}}, kept
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(FormatError, match=rf"graphs\.past\.{window}\.dtype is "):
+            read_manifest(copy)
+    manifest["states"][0]["dtype"] = "float32"
     manifest["graphs"]["past"] = {window: {"inputs": good["inputs"]}}
     path.write_text(json.dumps(manifest))
     with pytest.raises(FormatError, match=r"output is missing"):

@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from lhruntime.bfloat16 import array_of, value_of
 from lhruntime.sampling import Sampler
 from models import ORDERS, TINY_MODELS, VOCAB, WIDTH, Hyena, Mixer, of_width, program_of, with_modal
 from streams import assert_parity, serialized, torch_stream
@@ -24,7 +25,7 @@ from torch import Tensor
 from lhcompile.artifacts import Lowered, Past, Program
 from lhcompile.config import QuantizeConfig, Target
 from lhcompile.lower import complete, lower
-from lhcompile.lower.decode import _MOST
+from lhcompile.lower.decode import _MOST, decoding
 from lhcompile.lower.fuse import KINDS, fuse
 from lhcompile.quantize import Plan, keep_states, kept_in, plan_weights, quantize
 from lhcompile.quantize.blocks import BLOCK
@@ -399,7 +400,7 @@ def test_states_that_others_read_are_cast() -> None:
 # ---- the next token ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["none", "fp16"])
+@pytest.mark.parametrize("precision", ["none", "fp16", "bf16"])
 def test_decode_is_the_step_and_a_choice(precision: str) -> None:
     """The tokens are those that lhruntime's sampler takes from the step's logits with the same uniform numbers."""
     program, source = one_layer()
@@ -410,10 +411,13 @@ def test_decode_is_the_step_and_a_choice(precision: str) -> None:
     names = [value.name for value in step.get_inputs()]
     first, window, state = names
     tokens_of = [f"{window}.past_2", f"{window}.past_1"]
-    apart = precision == "none"  # a past in float32 is not what float16 signals are
-    assert lowered.past == ({window: Past(tokens_of, "present.0.conv_state.newest")} if apart else {})
+    apart = precision != "fp16"  # a past in float32 is not what float16 signals are
+    dtype = "bfloat16" if precision == "bf16" else None
+    assert lowered.past == ({window: Past(tokens_of, "present.0.conv_state.newest", dtype)} if apart else {})
     carried = [*tokens_of, state] if apart else [window, state]
     assert [value.name for value in decode.get_inputs()] == [first, *carried, *settings]
+    types = {value.name: value.type for value in decode.get_inputs()}
+    assert all(types[name] == f"tensor({dtype or 'float'})" for name in tokens_of if apart)
     draw = np.random.default_rng(0)
     ids, states = draw.integers(0, 10, (4, 1)), [state.zeros(4).numpy() for state in program.states]
     chosen = {
@@ -425,9 +429,11 @@ def test_decode_is_the_step_and_a_choice(precision: str) -> None:
         feeds = dict(zip(names, (ids, *states), strict=True))
         uniform = draw.random(4, np.float32)
         logits, *expected = step.run(None, feeds)
-        given = [ids, *(np.split(states[0], 2, axis=1) if apart else states[:1]), states[1]]
-        before, feeds = states[0], dict(zip([first, *carried], given, strict=True))
-        tokens_, *states = decode.run(None, feeds | chosen | {"uniform": uniform})
+        inputs = [ids, *(np.split(states[0], 2, axis=1) if apart else states[:1]), states[1]]
+        before, feeds = states[0], dict(zip([first, *carried], inputs, strict=True))
+        feeds = feeds | chosen | {"uniform": uniform}
+        given = {name: value_of(array, types[name]) for name, array in feeds.items()}
+        tokens_, *states = map(array_of, decode.run_with_ort_values(None, given))
         if apart:
             states[0] = np.concatenate([before[:, 1:], states[0]], axis=1)
         assert all((mine == theirs).all() for mine, theirs in zip(states, expected, strict=True))
@@ -437,6 +443,16 @@ def test_decode_is_the_step_and_a_choice(precision: str) -> None:
             edges = np.cumsum(sampler.probabilities(logits[row])[0])
             assert token == np.searchsorted(edges, uniform[row] * edges[-1], side="right")
         ids = tokens_
+
+
+def test_a_past_stays_one_state_where_prefill_fills_it_with_other_numbers() -> None:
+    """A window in float32 holds more than tokens of bfloat16 if the signal of prefill is float32."""
+    _, source = one_layer()
+    narrow = quantized(source, "bf16")
+    assert decoding(narrow.step, narrow.prefill)[1]
+    decode, past = decoding(narrow.step, source.prefill)
+    assert not past
+    assert [node.op_type for node in decode.graph if "Hyena" in node.op_type] == ["HyenaMixer"]
 
 
 @pytest.mark.parametrize(("target", "fast"), [("cpu", True), ("cuda", False)])

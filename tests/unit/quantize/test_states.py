@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lhcompile.artifacts import LARGEST_HALF, Lowered, State
 from lhcompile.quantize import keep_states, kept_in, state_ranges
+from lhcompile.verify import rounded_to
 
 from .toy import inputs, session
 
@@ -55,6 +56,39 @@ def test_what_came_in_stays(graphs: Lowered, dtype: str) -> None:
     assert [value.name for value in kept.step.graph.outputs] == [value.name for value in graphs.step.graph.outputs]
     assert {state.dtype for state in states} == {dtype, "int64"}
     assert sum(state.bytes for state in states) < sum(state.bytes for state in graphs.states)
+
+
+def state_of(kind: str, dtype: str = "float32") -> State:
+    return State(kind, f"{kind}'", (2, 3), kind, "m", dtype)
+
+
+def test_the_past_of_signals_of_16_bits_is_not_rounded() -> None:
+    states = state_of("fir"), state_of("modal")
+    for past, asked, kept in (
+        ("float16", "float32", "float16"),
+        ("float16", "float16", "float16"),
+        ("float16", "int8", "int8"),
+        ("bfloat16", "float32", "float32"),
+        ("bfloat16", "float16", "float32"),
+        ("bfloat16", "int8", "int8"),
+    ):
+        window, modal = kept_in(states, asked, ranges_of(states), {"fir": past})  # type: ignore[arg-type]
+        assert (window.dtype, modal.dtype) == (kept, asked)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "rounded"),
+    [
+        ({"fir": "float32", "modal": "float32"}, None),
+        ({"fir": "float16", "modal": "float32"}, None),
+        ({"fir": "float32", "modal": "float16"}, "float16"),
+        ({"fir": "float16", "modal": "float16", "position": "int64"}, "float16"),
+        ({"fir": "float16", "position": "int64"}, "float16"),
+        ({"fir": "int8", "modal": "int8"}, "int8"),
+    ],
+)
+def test_what_states_are_rounded_to(dtypes: dict[str, str], rounded: str | None) -> None:
+    assert rounded_to([state_of(*each) for each in dtypes.items()]) == rounded
 
 
 def test_numbers_that_move_share_a_scale(graphs: Lowered) -> None:
