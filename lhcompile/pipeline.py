@@ -34,13 +34,13 @@ from lhcompile.config import BuildConfig, DistillConfig
 from lhcompile.distill import distill
 from lhcompile.errors import ConfigError, DestinationError, DistillError
 from lhcompile.load import load
-from lhcompile.lower import complete, lower, masked
+from lhcompile.lower import apart_in_another_type, complete, lower, masked
 from lhcompile.package import check_destination, package, size_of, workspace
 from lhcompile.package.genai import PROVIDERS, GenaiFiles
 from lhcompile.quantize import (
+    half_pasts,
     keep_states,
     kept_in,
-    past_types,
     plan_weights,
     quantize,
     quantize_poles,
@@ -189,7 +189,8 @@ def _kept_states(
 ) -> tuple[State, ...]:
     dtype = config.quantize.state
     ranges = state_ranges(streamed, sequences[:, : config.streamify.max_context]) if dtype == "int8" else None
-    return kept_in(streamed.states, dtype, ranges, past_types(targets))
+    halves, apart = (set.intersection(*map(named, targets)) for named in (half_pasts, apart_in_another_type))
+    return kept_in(streamed.states, dtype, ranges, halves, apart)
 
 
 def _contents(

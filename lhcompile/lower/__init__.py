@@ -25,7 +25,7 @@ from lhcompile.lower.forms import with_functions
 from lhcompile.lower.fuse import fuse
 from lhcompile.lower.masked import masked
 
-__all__ = ["WEIGHTS_NAME", "complete", "lower", "masked", "weight_places", "write_graphs"]
+__all__ = ["WEIGHTS_NAME", "apart_in_another_type", "complete", "lower", "masked", "weight_places", "write_graphs"]
 
 _TARGETS: dict[Target, ModuleType] = {"portable": portable, "cpu": cpu, "cuda": cuda, "web": web, "mcu": mcu}
 _ON_DEVICE: frozenset[Target] = frozenset(["cuda"])
@@ -58,9 +58,18 @@ def complete(lowered: Lowered, decode: bool = False) -> Lowered:
     with_forms = partial(with_functions, target=lowered.target)
     step = with_forms(lowered.step)
     prefill = step if lowered.prefill is lowered.step else with_forms(lowered.prefill)
-    chosen = decode and lowered.target in _ON_DEVICE and step.graph.inputs[0].dtype == ir.DataType.INT64
     lowered = replace(lowered, step=step, prefill=prefill, decode=None, past={})
-    if not chosen:
+    if not decode or not _chooses(lowered):
         return lowered
     graph, past = decoding(step, prefill)
     return replace(lowered, decode=with_forms(graph), past=past)
+
+
+def apart_in_another_type(lowered: Lowered) -> set[str]:
+    """Names of the states that the decode graph will have in tensors of a type of their own."""
+    past = decoding(lowered.step, lowered.prefill)[1] if _chooses(lowered) else {}
+    return {name for name, each in past.items() if each.dtype is not None}
+
+
+def _chooses(lowered: Lowered) -> bool:
+    return lowered.target in _ON_DEVICE and lowered.step.graph.inputs[0].dtype == ir.DataType.INT64

@@ -87,10 +87,12 @@ def _windows(graph: ir.Graph) -> dict[str, tuple[ir.Node, ir.DataType]]:
 
 
 _HELD = {
-    *((kind, kind) for kind in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)),
+    (ir.DataType.FLOAT, ir.DataType.FLOAT),
+    (ir.DataType.FLOAT16, ir.DataType.FLOAT16),
     (ir.DataType.BFLOAT16, ir.DataType.FLOAT),
 }
-"""Types of a signal, and of windows that hold all of its numbers."""
+"""Types of a signal, and of windows that read as its tokens do. A window of float32 holds infinite numbers of float16,
+which its tokens are cut at (`lower.functions`)."""
 
 
 def _is_taken_apart(mixer: ir.Node) -> bool:

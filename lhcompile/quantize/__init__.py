@@ -28,7 +28,7 @@ from lhcompile.quantize.int4 import int4_products, int4_table, whole_blocks
 from lhcompile.quantize.program import quantize_poles
 from lhcompile.quantize.sensitivity import LADDER, Candidate, Measure, Rung, allot
 from lhcompile.quantize.signals import FUSED, HalfSignals
-from lhcompile.quantize.states import keep_states, kept_in, past_types, state_ranges
+from lhcompile.quantize.states import half_pasts, keep_states, kept_in, state_ranges
 from lhcompile.quantize.stored import Form, Stored
 from lhcompile.quantize.trials import Range, Trials, signal_ranges
 from lhcompile.quantize.weights import DOMAIN, LINEAR, SpellGemm, Use, matrices, tables
@@ -36,9 +36,9 @@ from lhcompile.quantize.writer import Writer
 
 __all__ = [
     "Plan",
+    "half_pasts",
     "keep_states",
     "kept_in",
-    "past_types",
     "plan_weights",
     "quantize",
     "quantize_poles",

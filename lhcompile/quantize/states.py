@@ -4,8 +4,7 @@
     int8      s = Cast(q) ∘ scales,   q' = QuantizeLinear(s' ∘ 1/scales, 1, 0), which saturates
 
 The last tokens of a signal that is float16 in the graphs of all targets are kept in float16 where float32 is asked
-for, which loses nothing. Those of a bfloat16 signal stay float32 where float16 is asked for, which would round them:
-the loop that needs few bytes has them in bfloat16 (lower/decode.py).
+for, which loses nothing. Those that the loops of all targets have in a type of their own stay as they are.
 
 Inside of a call states are float32 in every graph, so a prompt that is fed whole rounds them once. A fused operator
 reads and leaves float16 itself, and does the same. The scales of int8 are fixed: what a number reached on calibration
@@ -15,8 +14,7 @@ the scale of their channel, so moving them rounds nothing again.
 
 from __future__ import annotations
 
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +29,7 @@ from lhcompile.config import StateType
 from lhcompile.parallel import one_thread
 from lhcompile.quantize.weights import DOMAIN
 
-__all__ = ["keep_states", "kept_in", "past_types", "state_ranges"]
+__all__ = ["half_pasts", "keep_states", "kept_in", "state_ranges"]
 
 ROOM = 1.1
 """Largest number that int8 holds, as a multiple of the largest on calibration tokens."""
@@ -41,7 +39,6 @@ _MOVED = {"fir": -2, "long_conv": -2, "key": -2, "value": -2}
 _STATES = (1, 2)
 """Places of a HyenaMixer's states, among its inputs and its outputs."""
 _TYPES = {"float16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
-_HALVES = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
 
 @one_thread()
@@ -57,23 +54,21 @@ def state_ranges(program: Program, sequences: Tensor) -> dict[str, Tensor]:
     return dict(zip((state.name for state in program.states), found, strict=True))
 
 
-def past_types(targets: Sequence[Lowered]) -> dict[str, str]:
-    """States that hold the last tokens of a signal of one type of 16 bits in all graphs, by name: float16 or bfloat16,
-    which keeps all of them."""
-    first, *others = [_past_types(each.graph) for lowered in targets for each in (lowered.step, lowered.prefill)]
-    return {name: kind for name, kind in first.items() if all(other.get(name) == kind for other in others)}
+def half_pasts(lowered: Lowered) -> set[str]:
+    """Names of the states that hold the last tokens of a float16 signal in both graphs: float16 keeps all of them."""
+    return _half_pasts(lowered.step.graph) & _half_pasts(lowered.prefill.graph)
 
 
-def _past_types(graph: ir.Graph) -> dict[str, str]:
-    found = {}
+def _half_pasts(graph: ir.Graph) -> set[str]:
+    found = set()
     for node in graph:
         if not _is_mixer(node):
             continue
         signal, past = node.inputs[0], node.inputs[_STATES[0]]
         assert signal is not None
         assert past is not None
-        if signal.dtype in _HALVES and _is_kept_by_its_operator(past, node.outputs[_STATES[0]]):
-            found[str(past.name)] = _HALVES[signal.dtype]
+        if signal.dtype == ir.DataType.FLOAT16 and _is_kept_by_its_operator(past, node.outputs[_STATES[0]]):
+            found.add(str(past.name))
     return found
 
 
@@ -81,16 +76,20 @@ def kept_in(
     states: Sequence[State],
     dtype: StateType,
     ranges: dict[str, Tensor] | None,
-    pasts: Mapping[str, str] = types.MappingProxyType({}),
+    halves: Collection[str] = (),
+    apart: Collection[str] = (),
 ) -> tuple[State, ...]:
-    """The states with those of float32 in `dtype`; ranges: of `state_ranges`, for int8; pasts: of `past_types`, which
-    are kept without loss where `dtype` has floats"""
-    exact: dict[str | None, StateType] = {"float16": "float16", "bfloat16": "float32"}
+    """The states with those of float32 in `dtype`.
+
+    ranges: of `state_ranges`, for int8
+    halves: names of those that float16 keeps exactly (`half_pasts`), and which are kept so where `dtype` is float32
+    apart: names of those that stay float32 where it is float16: the loop that needs few bytes has them in another type
+    """
 
     def kept(state: State) -> State:
-        if state.dtype != "float32":
+        if state.dtype != "float32" or (dtype == "float16" and state.name in apart):
             return state
-        return _kept_in(state, dtype if dtype == "int8" else exact.get(pasts.get(state.name), dtype), ranges)
+        return _kept_in(state, "float16" if dtype == "float32" and state.name in halves else dtype, ranges)
 
     return tuple(map(kept, states))
 

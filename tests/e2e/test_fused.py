@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 from commands import done
 from lhruntime import Engine, Session
-from lhruntime.bfloat16 import array_of, value_of
+from lhruntime.bfloat16 import array_of, from_bits, to_bits, value_of
 
 from lhcompile import verify_directory
 from lhcompile.errors import ParityError
@@ -84,6 +84,8 @@ def test_decoding_is_generating(built: Path) -> None:
     types = {value.name: value.type for value in graph.get_inputs()}
     again = Session.load(built)
     token = again.prefill(prompt[None])[:, -1].argmax(-1)[:, None]
+    if bits:  # of windows in float32
+        assert all((state == from_bits(to_bits(state))).all() for name, state in again.states().items() if name in past)
     states, found = list(again.states().values()), []
     settings = {"uniform": 0.5, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
     chosen = {name: np.array([x], np.int64 if name == "top_k" else np.float32) for name, x in settings.items()}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from lhruntime import DeviceLoop, Engine, Session
 from lhruntime.sampling import Sampler
+from lhruntime.slots import Prompts
 from models import ORDERS, VOCAB, Hyena, RotaryAttention, program_of, with_modal, with_taps
 from streams import write_directory
 from torch import nn
@@ -59,6 +60,23 @@ def test_sequences_that_come_and_go_get_their_own_tokens(built: tuple[str, Path]
             for seed, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
         ]
         assert [handle.result(60) for handle in handles] == expected
+
+
+def test_a_slot_takes_over_what_a_prompt_left(built: tuple[str, Path]) -> None:
+    """Bit for bit, in every call of a period."""
+    _, directory = built
+    loop, session = DeviceLoop.load(directory, 2, threads=1), Session.load(directory, threads=1)
+    prompts = Prompts(loop._model, 4)
+    for seed in range(loop.slots.period):
+        prompt = np.random.default_rng(seed).integers(0, VOCAB, (1, 9))
+        session.reset()
+        for piece in np.split(prompt, [4, 8], axis=1):
+            session.prefill(piece)
+        for _ in prompts.read(prompt, lambda: loop.slots.writing(1)):
+            pass
+        for found, state in zip(loop.slots.read(1), session.states().values(), strict=True):
+            np.testing.assert_array_equal(found, state)
+        loop.run(1)
 
 
 def test_states_are_written_read_and_cleared_where_they_stand(built: tuple[str, Path]) -> None:

@@ -140,13 +140,13 @@ class _Sides:
 class _Window:
     """The last positions of a signal in a ring of tensors: a call writes one of them, which the next calls read.
 
-    The tensors may be of bfloat16 where the state is float32 and holds no other numbers.
+    The tensors may be of bfloat16 where the state is float32 and prefill fills it with no other numbers.
     """
 
     def __init__(self, model: LoadedModel, spec: StateSpec, past: PastSpec, count: int, length: int) -> None:
         _, self._positions, channels = spec.sized(count)
         self._past = past
-        self._bits = past.dtype is not None
+        self._bits = past.dtype == "bfloat16"
         dtype = np.dtype(np.uint16) if self._bits else spec.dtype
         self._ring = [_Rows(model, (count, 1, channels), dtype, self._bits) for _ in range(length)]
         self._inlet = _Rows(model, (1, self._positions, channels), spec.dtype)
@@ -193,9 +193,7 @@ class _Rows:
 
     def row(self, index: int) -> ort.OrtValue:
         """One row where it lies: what is written to it is written there."""
-        return self._view(index, (1, *self._shape[1:]))
-
-    def _view(self, index: int, shape: Sequence[int]) -> ort.OrtValue:
+        shape = (1, *self._shape[1:])
         address = self.value.data_ptr() + index * self._dtype.itemsize * prod(shape)
         view = self._model.prefill.io_binding()
         where = (self._model.device, self._model.device_id)
@@ -204,7 +202,7 @@ class _Rows:
         return value
 
     def zero(self) -> None:
-        self._view(0, self._shape).update_inplace(np.zeros(self._shape, self._dtype))
+        self.value.update_inplace(np.zeros(self._shape, self._dtype))
 
 
 class Prompts:

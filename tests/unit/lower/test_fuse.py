@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from lhruntime.bfloat16 import array_of, value_of
 from lhruntime.sampling import Sampler
-from models import ORDERS, TINY_MODELS, VOCAB, WIDTH, Hyena, Mixer, of_width, program_of, with_modal
+from models import ORDERS, TINY_MODELS, VOCAB, WIDTH, Hyena, Mixer, of_width, program_of, with_modal, with_taps
 from streams import assert_parity, serialized, torch_stream
 from torch import Tensor
 
 from lhcompile.artifacts import Lowered, Past, Program
 from lhcompile.config import QuantizeConfig, Target
-from lhcompile.lower import complete, lower
+from lhcompile.lower import apart_in_another_type, complete, lower
 from lhcompile.lower.decode import _MOST, decoding
 from lhcompile.lower.fuse import KINDS, fuse
 from lhcompile.quantize import Plan, keep_states, kept_in, plan_weights, quantize
@@ -453,6 +453,16 @@ def test_a_past_stays_one_state_where_prefill_fills_it_with_other_numbers() -> N
     decode, past = decoding(narrow.step, source.prefill)
     assert not past
     assert [node.op_type for node in decode.graph if "Hyena" in node.op_type] == ["HyenaMixer"]
+
+
+def test_states_that_decode_has_in_another_type() -> None:
+    """Not those in the signal's own, of other targets, or of more tokens than the kernels take."""
+    _, source = one_layer()
+    assert len(apart_in_another_type(quantized(source, "bf16"))) == 1
+    assert not apart_in_another_type(quantized(source, "fp16")) | apart_in_another_type(source)
+    for target, mixer in (("cpu", Hyena), ("cuda", with_taps(9))):
+        program = streamify(with_modal(program_of(mixer)))
+        assert not apart_in_another_type(quantized(lower(program, target), "bf16"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("target", "fast"), [("cpu", True), ("cuda", False)])
