@@ -61,6 +61,18 @@ def test_the_past_is_kept_as_others_need_it(
     assert {state["dtype"] for state in manifest["states"]} == kept
 
 
+@pytest.mark.parametrize("targets", [("cpu",), ("cuda", "cpu")], ids=" ".join)
+def test_the_past_is_rounded_where_signals_are_float32(
+    targets: tuple[str, ...], checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    given = ("--order", 2, "--method", "hankel", "--calibration", text, "--sequences", 2)
+    chosen = [option for target in targets for option in ("--target", target)]
+    done("build", checkpoint, "-o", tmp_path / "out", *given, *chosen, "--quantize", "bf16", "--state", "float16")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert {state["dtype"] for state in manifest["states"]} == {"float16"}
+    assert "past" not in manifest["graphs"]
+
+
 def test_the_past_of_bfloat16_signals_is_not_rounded_to_float16(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     given = ("--order", 2, "--method", "hankel", "--calibration", text, "--sequences", 2, "--target", "cuda")
     done("build", checkpoint, "-o", tmp_path / "out", *given, "--quantize", "bf16", "--state", "float16")
