@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,14 @@ class Kernels:
 
         return [y], call
 
-    def withhold_eight(self, withheld: bool) -> None:
-        """Whether later calls do without the product of 8 bits that needs compute capability 9.0."""
-        self._library.lhcompile_eight_withhold(int(withheld))
+    @contextmanager
+    def withheld(self, withheld: bool = True) -> Iterator[None]:
+        """Calls do without the products that need compute capability 9.0, as on other GPUs."""
+        self._library.lhcompile_withhold(int(withheld))
+        try:
+            yield
+        finally:
+            self._library.lhcompile_withhold(0)
 
     def sample(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], Call]:
         logits, uniform, temperature, top_k, top_p = inputs

@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--only", nargs="*", default=_PARTS)
-    parser.add_argument("--batches", nargs="*", type=int, default=[1, 2, 4, 8, 16, 64, 256, 1024, 4096])
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096])
     options = parser.parse_args()
     bench = _Bench(Kernels(), options.batches)
     result: dict[str, Any] = {"machine": machine.describe(), "device": torch.cuda.get_device_name()}
@@ -182,7 +182,8 @@ class _Bench:
     def whole_step(self) -> list[dict[str, Any]]:
         """All layers of a model in one graph, five operators a layer, and the logits: nothing else of the step."""
         rows = []
-        for bits, batch in ((16, 1), (16, 4), (16, 8), (16, 64), (16, 512), (8, 1), (4, 1), (4, 8)):
+        few = [(bits, batch) for bits in (16, 8) for batch in (1, 4, 8, 16, 32, 64, 512)]
+        for bits, batch in (*few, (4, 1), (4, 8)):
             calls = [call for _ in range(LAYERS) for call in self._layer(batch, bits)]
             calls.append(self._linear("logits", batch, bits=bits))
             weights = LAYERS * sum(w * o for name, w, o, *_ in _NODES if name != "logits") + WIDTH * VOCABULARY
@@ -198,6 +199,8 @@ class _Bench:
         projected, first = self._linear_with_output("in", batch, bits=bits)
         (mixed, _), second = self.kernels.step((projected, *then), WIDTH, 0)
         x, third = self._linear_with_output("out", batch, mixed, bits)
+        if bits == 8:
+            return [first, second, third, self._mlp(batch)]
         hidden, fourth = self._linear_with_output("up", batch, x, bits)
         return [first, second, third, fourth, self._linear("down", batch, hidden, bits)]
 

@@ -175,7 +175,7 @@ LINEARS = {
 
 
 @pytest.mark.parametrize("name", LINEARS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 8, 64, 200])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 8, 12, 64, 200])
 @pytest.mark.parametrize("kind", [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
 def test_linear(kernels: Kernels, name: str, rows: int, kind: tuple[ir.DataType, ir.DataType | None]) -> None:
     signal, bias_type = kind
@@ -216,7 +216,7 @@ EIGHTS = {
 
 
 @pytest.mark.parametrize("name", EIGHTS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 64, 200])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 12, 20, 64, 200])
 @pytest.mark.parametrize("kind", [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
 def test_linear_in_eight_bits(
     kernels: Kernels, name: str, rows: int, kind: tuple[ir.DataType, ir.DataType | None]
@@ -225,6 +225,19 @@ def test_linear_in_eight_bits(
     signal, bias_type = kind
     linear = replace(EIGHTS[name], batch=rows, time=1, signal=signal, bias_type=bias_type, name="LinearFp8")
     assert error(projected(kernels, linear), linear.expected()[0]) <= 1.5 * BUDGET[signal] + 2e-3
+
+
+@pytest.mark.parametrize("name", EIGHTS)
+@pytest.mark.parametrize("rows", [2, 3, 8, 12])
+@pytest.mark.parametrize("projection", ["Linear", "LinearFp8"])
+@pytest.mark.parametrize("signal", [HALF, BRAIN])
+def test_few_rows_on_other_gpus(
+    kernels: Kernels, name: str, rows: int, projection: Projection, signal: ir.DataType
+) -> None:
+    linear = replace(EIGHTS[name], batch=rows, time=1, signal=signal, name=projection)
+    with kernels.withheld():
+        given = projected(kernels, linear)
+    assert error(given, linear.expected()[0]) <= 1.5 * BUDGET[signal] + (2e-3 if projection == "LinearFp8" else 0)
 
 
 @pytest.mark.parametrize("name", ["plain", "layer", "rms", "many tiles", "part of a piece"])
@@ -245,7 +258,7 @@ MLPS = {
 
 
 @pytest.mark.parametrize("name", MLPS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 9, 64, 200, 700])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 8, 9, 20, 64, 200, 700])
 @pytest.mark.parametrize("kind", [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
 @pytest.mark.parametrize("withheld", [False, True])
 def test_mlp_in_eight_bits(
@@ -254,11 +267,8 @@ def test_mlp_in_eight_bits(
     """Numbers at the edge between two codes fall to either side, and GELU of the tensor cores' product has 11 bits."""
     signal, bias_type = kind
     mlp = replace(MLPS[name], batch=rows, time=1, signal=signal, bias_type=bias_type)
-    kernels.withhold_eight(withheld)
-    try:
+    with kernels.withheld(withheld):
         given = computed(*kernels.mlp(placed(mlp.call()), mlp.norm, mlp.activation, mlp.epsilon))[0]
-    finally:
-        kernels.withhold_eight(False)
     assert error(given, mlp.expected()[0]) <= 1.5 * BUDGET[signal] + 8e-3
 
 
@@ -350,14 +360,15 @@ def test_rows_do_not_depend_on_their_neighbours(kernels: Kernels) -> None:
             assert error(ours, theirs[row : row + 1]) < 1e-6
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 12, 40])
 @pytest.mark.parametrize("name", ["Linear", "LinearFp8", "LinearInt4"])
 def test_what_is_no_number_stays_in_its_row(kernels: Kernels, name: Projection, rows: int) -> None:
     """A row of the weight spoils one output, and a row of x its own row: pairs are multiplied together."""
-    linear = Linear(batch=rows, time=1, width=512, out=301, signal=HALF, name=name)
+    out = 301 if rows < 9 else 304
+    linear = Linear(batch=rows, time=1, width=512, out=out, signal=HALF, name=name)
     inputs = list(placed(linear.call()))
     place = 6 if name == "LinearInt4" else 1  # its codes are always numbers, its scales need not be
-    for spoilt in (0, 7, 299, 300):
+    for spoilt in (0, 7, 299, out - 1):
         matrix = there(inputs[place]).clone()
         if name == "LinearFp8":
             matrix.view(torch.uint8)[spoilt] = 0x7F
@@ -372,25 +383,26 @@ def test_what_is_no_number_stays_in_its_row(kernels: Kernels, name: Projection, 
     assert torch.isfinite(y[: rows - 1]).all()
 
 
-def test_a_graph_of_one_row_replays_what_was_run(kernels: Kernels) -> None:
+@pytest.mark.parametrize("rows", [1, 12, 40])
+def test_a_graph_of_few_rows_replays_what_was_run(kernels: Kernels, rows: int) -> None:
     """A layer and a choice in each form of weights, whose kernels overlap, over and over: always the same tokens."""
-    first = Linear(batch=1, time=1, width=256, out=768, norm="layer", signal=HALF)
-    mixer = Mixer(batch=1, channels=256, block=256, signal=HALF, conv_state=HALF)
-    last = Linear(batch=1, time=1, width=256, out=256, residual=True, signal=HALF, name="LinearInt4")
-    mlp = Mlp(batch=1, time=1, width=256, hidden=1024, out=256, norm="layer", signal=HALF)
-    head = Linear(batch=1, time=1, width=256, out=50304, bias=False, signal=HALF, name="LinearFp8")
+    first = Linear(batch=rows, time=1, width=256, out=768, norm="layer", signal=HALF)
+    mixer = Mixer(batch=rows, channels=256, block=256, signal=HALF, conv_state=HALF)
+    last = Linear(batch=rows, time=1, width=256, out=256, residual=True, signal=HALF, name="LinearInt4")
+    mlp = Mlp(batch=rows, time=1, width=256, hidden=1024, out=256, norm="layer", signal=HALF)
+    head = Linear(batch=rows, time=1, width=256, out=50304, bias=False, signal=HALF, name="LinearFp8")
     (x,), in_ = kernels.linear(placed(first.call()), "layer")
     (y, *_), mix = kernels.mixer((x, *placed(mixer.call())[1:]), 256, 0)
     (z,), out = kernels.linear((y, *placed(last.call())[1:]))
     (w,), hidden = kernels.mlp((z, *placed(mlp.call())[1:]), mlp.norm, mlp.activation, mlp.epsilon)
     (logits,), project = kernels.linear((w, *placed(head.call())[1:]))
-    settings = (torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.ones(1))
-    (token,), choose = kernels.sample((logits, *(each.cuda() for each in settings)))
+    settings = (torch.zeros(rows), torch.zeros(rows), torch.zeros(rows, dtype=torch.int64), torch.ones(rows))
+    (tokens,), choose = kernels.sample((logits, *(each.cuda() for each in settings)))
     calls, values = [in_, mix, out, hidden, project, choose], [x, y, z, w, logits]
     for call in calls:
         call()
         torch.cuda.synchronize()
-    wanted, chosen = [value.clone() for value in values], int((logits == logits.max()).flatten().nonzero()[0])
+    wanted, chosen = [value.clone() for value in values], [int((row == row.max()).nonzero()[0]) for row in logits[:, 0]]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
@@ -398,11 +410,11 @@ def test_a_graph_of_one_row_replays_what_was_run(kernels: Kernels) -> None:
     for _ in range(20):
         for value in values:
             value.fill_(float("nan"))
-        token.fill_(-1)
+        tokens.fill_(-1)
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(given, value) for given, value in zip(values, wanted, strict=True))
-        assert token.item() == chosen
+        assert tokens[:, 0].tolist() == chosen
 
 
 def test_a_graph_replays_what_was_run(kernels: Kernels) -> None:

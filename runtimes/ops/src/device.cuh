@@ -179,8 +179,10 @@ __device__ inline void await_previous() {
 #endif
 }
 
+// In clusters of so many blocks, which are neighbours; 0: the kernel has none, or says itself how many.
 template <typename... Formal, typename... Given>
-const char* launch(void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shared, void* stream, Given&&... given) {
+const char* launch_clusters(int cluster, void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shared, void* stream,
+                            Given&&... given) {
   // Kernels overlap only where they want the same division of a multiprocessor's memory: as much shared as there is.
   const auto* function = reinterpret_cast<const void*>(kernel);
   cudaError_t problem =
@@ -191,12 +193,19 @@ const char* launch(void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shar
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute overlap[1];
-  overlap[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap[0].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = overlap, config.numAttrs = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  config.attrs = attributes, config.numAttrs = cluster ? 2 : 1;
   problem = cudaLaunchKernelEx(&config, kernel, Formal(given)...);
   return problem == cudaSuccess ? nullptr : cudaGetErrorString(problem);
+}
+
+template <typename... Formal, typename... Given>
+const char* launch(void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shared, void* stream, Given&&... given) {
+  return launch_clusters(0, kernel, grid, block, shared, stream, static_cast<Given&&>(given)...);
 }
 
 struct Gpu {

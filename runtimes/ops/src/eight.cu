@@ -1,34 +1,20 @@
-// The product of eight.h on the tensor cores of compute capability 9.0.
+// The product of many rows in 8 bits, activated and written in 8 bits.
 //
 // A block has tiles of 128 rows × 256 outputs, one after the other. One thread brings pieces of 128 inputs of both
 // factors into a ring in shared memory; two groups of four warps multiply them, 64 rows each, sums in registers. Two
 // blocks that are a cluster have the same outputs and neighbouring rows, and each brings half of the weights for both.
-#include "eight.h"
-
-#include <cuda.h>
-
-#include <atomic>
-
-#include "stream.cuh"
+#include "tensor.cuh"
 
 namespace lhcompile {
 namespace {
 
-constexpr int kRows = 128, kOutputs = 256, kInputs = 128, kStages = 4, kCluster = 2;
-constexpr int kGroups = 2, kGroup = 128, kThreads = kGroup * (kGroups + 1);
+constexpr int kRows = 128, kOutputs = 256, kInputs = kBoxBytes, kStages = 4, kCluster = 2;
+constexpr int kGroups = 2, kThreads = kGroup * (kGroups + 1);
 constexpr int kRowBytes = kRows * kInputs, kWeightBytes = kOutputs * kInputs, kStage = kRowBytes + kWeightBytes;
 constexpr int kHalf = kOutputs / 2, kPitch = kHalf + 16;  // codes of a row that a warp gathers at once, and padding
 constexpr int kGathered = kGroup / 32 * 16 * kPitch, kColumns = kOutputs * 8;  // of a group
 constexpr int kShared = 1024 + kStages * kStage + kGroups * (kGathered + kColumns) + 2 * kStages * 8;
 
-__device__ inline uint32_t rank_in_cluster() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ inline void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 // At the same barrier of a block of the cluster.
 __device__ inline void arrive_at(uint64_t* barrier, uint32_t rank) {
   asm volatile(
@@ -40,15 +26,7 @@ __device__ inline void arrive_at(uint64_t* barrier, uint32_t rank) {
       "r"(rank)
       : "memory");
 }
-// A box of the matrix, from (column, row) on.
-__device__ inline void bring(void* to, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          shared_address(to)),
-      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
-      : "memory");
-}
-// The same for all blocks of the cluster, to the same place in each.
+// A box for all blocks of the cluster, to the same place in each.
 __device__ inline void bring_all(void* to, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
@@ -57,16 +35,6 @@ __device__ inline void bring_all(void* to, const CUtensorMap& map, int column, i
       "h"(static_cast<uint16_t>((1 << kCluster) - 1))
       : "memory");
 }
-
-// Of rows of 128 bytes in shared memory, as `bring` swizzles them.
-__device__ inline uint64_t described(const void* rows) {
-  constexpr uint64_t kSwizzle128 = 1, kEightRows = 1024 / 16;
-  return (shared_address(rows) & 0x3ffff) >> 4 | uint64_t{1} << 16 | kEightRows << 32 | kSwizzle128 << 62;
-}
-
-#define LHC_8(a, i) "+f"(a[i]), "+f"(a[i + 1]), "+f"(a[i + 2]), "+f"(a[i + 3]), "+f"(a[i + 4]), "+f"(a[i + 5]), \
-                    "+f"(a[i + 6]), "+f"(a[i + 7])
-#define LHC_32(a, i) LHC_8(a, i), LHC_8(a, i + 8), LHC_8(a, i + 16), LHC_8(a, i + 24)
 
 // sums += 64 rows × 256 outputs over 32 inputs, or = where `first`.
 __device__ inline void multiply(float (&sums)[128], uint64_t x, uint64_t weight, bool first) {
@@ -88,8 +56,6 @@ __device__ inline void multiply(float (&sums)[128], uint64_t x, uint64_t weight,
       : LHC_32(sums, 0), LHC_32(sums, 32), LHC_32(sums, 64), LHC_32(sums, 96)
       : "l"(x), "l"(weight), "r"(static_cast<int>(first)));
 }
-__device__ inline void multiply_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void multiply_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until all but the last `kLeft` that were committed are done.
 template <int kLeft>
 __device__ inline void multiply_await(float (&sums)[128]) {
@@ -98,15 +64,10 @@ __device__ inline void multiply_await(float (&sums)[128]) {
                : "n"(kLeft)
                : "memory");
 }
-// The threads of one group.
-__device__ inline void group_meets(int group) {
-  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kGroup) : "memory");
-}
-
 // The tiles of a block, in an order in which those that run at once share rows and outputs.
 struct Tiles {
   int deep, across, count, first, step;  // deep: clusters' rows, across: outputs, both in tiles
-  __device__ explicit Tiles(const EightArgs& a)
+  __device__ explicit Tiles(const LinearArgs& a)
       : deep(static_cast<int>((a.rows + kCluster * kRows - 1) / (kCluster * kRows))),
         across(static_cast<int>((a.out + kOutputs - 1) / kOutputs)),
         count(deep * across),
@@ -142,7 +103,7 @@ __device__ inline float acted(float x) {
 // What a thread's two of a warp's 16 rows are multiplied with, and divided by.
 struct Units {
   float of_x[2], of_y[2];
-  __device__ Units(const EightArgs& a, int64_t row) {
+  __device__ Units(const LinearArgs& a, int64_t row) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int64_t mine = row + threadIdx.x % 32 / 4 + 8 * i;
@@ -153,7 +114,7 @@ struct Units {
 
 // Sums → codes of a warp's 16 rows, half of the outputs at a time. columns: unit and bias of each output
 template <Activation kKind>
-__device__ inline void write(const EightArgs& a, const float (&sums)[128], const Units& units, const float4* columns,
+__device__ inline void write(const LinearArgs& a, const float (&sums)[128], const Units& units, const float4* columns,
                              char* room, int64_t row, int output) {
   const int lane = threadIdx.x % 32, quad = lane % 4;
   const float by[] = {1.0f / units.of_y[0], 1.0f / units.of_y[1]};
@@ -196,7 +157,7 @@ struct Shared {
 };
 
 // All pieces of all tiles, as slots become free.
-__device__ inline void bring_pieces(const EightArgs& a, const CUtensorMap& rows, const CUtensorMap& weights,
+__device__ inline void bring_pieces(const LinearArgs& a, const CUtensorMap& rows, const CUtensorMap& weights,
                                     const Shared& shared, const Tiles& tiles, int pieces) {
   const int rank = static_cast<int>(rank_in_cluster());
   Slot slot;
@@ -216,7 +177,7 @@ __device__ inline void bring_pieces(const EightArgs& a, const CUtensorMap& rows,
 
 // One group's rows of all tiles.
 template <Activation kKind>
-__device__ inline void multiply_pieces(const EightArgs& a, const Shared& shared, const Tiles& tiles, int pieces) {
+__device__ inline void multiply_pieces(const LinearArgs& a, const Shared& shared, const Tiles& tiles, int pieces) {
   const int group = threadIdx.x / kGroup, lane = threadIdx.x % kGroup;
   float2* columns = shared.columns + group * kOutputs;
   Slot slot;
@@ -228,7 +189,7 @@ __device__ inline void multiply_pieces(const EightArgs& a, const Shared& shared,
 #pragma unroll
     for (int i = 0; i < kOutputs / kGroup; i++) {
       const int64_t mine = output + lane + i * kGroup;
-      if (mine < a.out) column[i].x = a.weight_unit[mine];
+      if (mine < a.out) column[i].x = static_cast<const float*>(a.weight_scale)[mine];
       if (mine < a.out && a.bias) column[i].y = load_any(a.bias, a.bias_type, mine);
     }
     const Units units(a, row);
@@ -262,7 +223,7 @@ __device__ inline void multiply_pieces(const EightArgs& a, const Shared& shared,
 
 template <Activation kKind>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
-    eight_bits(const __grid_constant__ EightArgs a, const __grid_constant__ CUtensorMap rows,
+    eight_bits(const __grid_constant__ LinearArgs a, const __grid_constant__ CUtensorMap rows,
                const __grid_constant__ CUtensorMap weights) {
   extern __shared__ char memory[];
   const Shared shared(memory);
@@ -288,34 +249,8 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
   meet_cluster();  // no block ends while another may write into it
 }
 
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-Encode encoder() {
-  static const Encode found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t problem =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-    return problem == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function)
-                                                                           : nullptr;
-  }();
-  return found;
-}
-
-// A matrix of codes [rows, width], brought in boxes of `box` rows; what lies outside of it is zero.
-bool map_of(const void* codes, int64_t rows, int64_t width, int box, CUtensorMap* map) {
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t pitch[] = {static_cast<cuuint64_t>(width)};
-  const cuuint32_t boxes[] = {kInputs, static_cast<cuuint32_t>(box)}, steps[] = {1, 1};
-  return encoder()(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(codes), sizes, pitch, boxes, steps,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 template <Activation kKind>
-const char* launch_eight(const EightArgs& a, const CUtensorMap& rows, const CUtensorMap& weights, void* stream) {
+const char* launch_eight(const LinearArgs& a, const CUtensorMap& rows, const CUtensorMap& weights, void* stream) {
   const int64_t deep = (a.rows + kCluster * kRows - 1) / (kCluster * kRows);
   const int64_t blocks = kCluster * deep * ((a.out + kOutputs - 1) / kOutputs);
   const int64_t most = gpu().processors / kCluster * kCluster;
@@ -325,15 +260,11 @@ const char* launch_eight(const EightArgs& a, const CUtensorMap& rows, const CUte
 
 }  // namespace
 
-static std::atomic<bool> is_withheld{false};
-
-void eight_withhold(bool withheld) { is_withheld = withheld; }
-
 bool eight_serves(int64_t width, int64_t out) {
-  return !is_withheld && gpu().capability == 90 && encoder() && width % 16 == 0 && out % 16 == 0;
+  return has_instructions() && width % 16 == 0 && out % 16 == 0;
 }
 
-const char* eight_cuda(const EightArgs& a, void* stream) {
+const char* eight_cuda(const LinearArgs& a, void* stream) {
   CUtensorMap rows, weights;
   if (!map_of(a.x, a.rows, a.width, kRows, &rows) ||
       !map_of(a.weight, a.out, a.width, kOutputs / kCluster, &weights))

@@ -1,6 +1,6 @@
 // The GPU kernels by themselves, for tests and measurements without onnxruntime: null, or what went wrong.
 #include "cuda.h"
-#include "eight.h"
+#include "products.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -12,7 +12,7 @@ EXPORTED const char* lhcompile_linear(const lhcompile::LinearArgs* args, void* s
   return lhcompile::linear_cuda(*args, scratch, stream);
 }
 EXPORTED size_t lhcompile_linear_scratch(const lhcompile::LinearArgs* args) { return lhcompile::linear_scratch(*args); }
-EXPORTED void lhcompile_eight_withhold(int withheld) { lhcompile::eight_withhold(withheld != 0); }
+EXPORTED void lhcompile_withhold(int withheld) { lhcompile::is_withheld = withheld != 0; }
 EXPORTED const char* lhcompile_sample(const lhcompile::SampleArgs* args, void* stream) {
   return lhcompile::sample_cuda(*args, stream);
 }

@@ -1,11 +1,11 @@
-// Linear on a GPU: a few rows of 16 bits by gemv.cuh and few_rows.cuh; others by cuBLASLt, with a kernel for the norm
-// before it, one that makes numbers of 4-bit codes, and one after it for what cuBLASLt cannot add itself.
+// Linear on a GPU: a few rows by gemv.cuh and few_rows.cuh; others by products.h or cuBLASLt, with a kernel for the norm
+// before them, one that makes numbers of 4-bit codes, and one after cuBLASLt for what it cannot add itself.
 #include "cublaslt.h"
 #include "cuda.h"
-#include "eight.h"
 #include "few_rows.cuh"
 #include "gemv.cuh"
 #include "normalize.cuh"
+#include "products.h"
 
 namespace lhcompile {
 namespace {
@@ -72,14 +72,6 @@ struct Room {
   size_t all() const { return x + units + weight + product; }
 };
 
-const char* product_in_codes(const LinearArgs& a, const void* x, const float* units, void* stream) {
-  EightArgs e{};
-  e.rows = a.rows, e.width = a.width, e.out = a.out, e.bias_type = a.bias_type, e.activation = a.activation;
-  e.x = x, e.weight = a.weight, e.bias = a.bias, e.x_unit = units, e.y_unit = a.y_unit, e.y = a.y;
-  e.weight_unit = static_cast<const float*>(a.weight_scale);
-  return eight_cuda(e, stream);
-}
-
 template <typename T>
 const char* many_rows(const LinearArgs& a, void* scratch, void* stream) {
   constexpr int kFew = 16 / sizeof(T);
@@ -99,7 +91,10 @@ const char* many_rows(const LinearArgs& a, void* scratch, void* stream) {
     if (const char* problem = launch_normalize<T>(a, scratch, units, stream)) return problem;
     x = scratch;
   }
-  if (a.y_unit && !room.product) return product_in_codes(a, x, x_unit, stream);
+  LinearArgs entering = a;
+  entering.x = x, entering.x_unit = x_unit;
+  if (!four && tens_serves(entering)) return tens_cuda(entering, stream);
+  if (a.y_unit && !room.product) return eight_cuda(entering, stream);
   auto* product = static_cast<T*>(room.product ? memory + room.x + room.units + room.weight : a.y);
   Product p{};
   p.rows = a.rows, p.width = a.width, p.out = a.out, p.type = a.signal, p.inputs = four ? a.signal : a.weight_type;
@@ -122,7 +117,8 @@ const char* many_rows(const LinearArgs& a, void* scratch, void* stream) {
 template <typename W, typename T>
 const char* streamed_or_many(const LinearArgs& a, void* scratch, void* stream) {
   if (gemv_serves<W>(a)) return launch_gemv<W, T>(a, stream);
-  return few_serves<W>(a) ? launch_few<W, T>(a, stream) : many_rows<T>(a, scratch, stream);
+  if (few_serves<W>(a) && !tens_serves(a)) return launch_few<W, T>(a, stream);
+  return many_rows<T>(a, scratch, stream);
 }
 
 template <typename T>

@@ -1,0 +1,324 @@
+// The product of some tens of rows. The weight is read once, at the rate of memory.
+//
+// A cluster of blocks has tiles of 64 outputs, one after the other, and each of its blocks a part of the inputs, of which
+// all rows of x stay in its shared memory. One thread brings pieces of the weight, 64 outputs of 128 bytes, into a ring:
+// the first of them before the kernel in front has ended, for they are constants. Four warps multiply, and send what they
+// have of each output to the block that adds it up over the cluster; there four other warps do so, in one order.
+#include "tensor.cuh"
+
+namespace lhcompile {
+namespace {
+
+constexpr int kOutputs = 64, kSlot = kOutputs * kBoxBytes;
+constexpr int kThreads = 2 * kGroup + 32;  // those that multiply, those that add, and the one that brings
+constexpr int kFewestSlots = 4, kMostSlots = 16;
+
+struct Code {  // e4m3
+  uint8_t bits;
+};
+
+// sums += 64 outputs × N rows, over 32 bytes of both
+#define LHC_MULTIPLY(W, N, TYPES, TURNED, NUMBERS, FACTORS, ...)                                              \
+  __device__ inline void multiply(const W*, float (&s)[N / 2], uint64_t weight, uint64_t x) {                 \
+    asm volatile(                                                                                             \
+        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N TYPES " {" NUMBERS \
+        "}, " FACTORS ", add, 1, 1" TURNED ";\n}\n"                                                           \
+        : __VA_ARGS__                                                                                         \
+        : "l"(weight), "l"(x));                                                                               \
+  }
+// Until all but the last `kLeft` that were committed are done.
+#define LHC_AWAIT(N, LEFT, ...)                                                                    \
+  template <int kLeft>                                                                             \
+  __device__ inline void multiply_await(float (&s)[N / 2]) {                                       \
+    asm volatile("wgmma.wait_group.sync.aligned " LEFT ";" : __VA_ARGS__ : "n"(kLeft) : "memory"); \
+  }
+#define LHC_NUMBERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define LHC_NUMBERS_16 LHC_NUMBERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define LHC_NUMBERS_32 \
+  LHC_NUMBERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+LHC_MULTIPLY(Half, 16, "k16.f32.f16.f16", ", 0, 0", LHC_NUMBERS_8, "%8, %9", LHC_8(s, 0))
+LHC_MULTIPLY(Brain, 16, "k16.f32.bf16.bf16", ", 0, 0", LHC_NUMBERS_8, "%8, %9", LHC_8(s, 0))
+LHC_MULTIPLY(Code, 16, "k32.f32.e4m3.e4m3", "", LHC_NUMBERS_8, "%8, %9", LHC_8(s, 0))
+LHC_MULTIPLY(Code, 32, "k32.f32.e4m3.e4m3", "", LHC_NUMBERS_16, "%16, %17", LHC_16(s, 0))
+LHC_MULTIPLY(Code, 64, "k32.f32.e4m3.e4m3", "", LHC_NUMBERS_32, "%32, %33", LHC_32(s, 0))
+LHC_AWAIT(16, "%8", LHC_8(s, 0))
+LHC_AWAIT(32, "%16", LHC_16(s, 0))
+LHC_AWAIT(64, "%32", LHC_32(s, 0))
+
+// Where a block of the cluster has what is here.
+__device__ inline uint32_t there(const void* here, int rank) {
+  uint32_t place;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(shared_address(here)), "r"(rank));
+  return place;
+}
+// Two numbers to a block of the cluster, where the barrier counts their bytes.
+__device__ inline void send(uint32_t to, float x, float y, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(x),
+               "f"(y), "r"(barrier)
+               : "memory");
+}
+__device__ inline void arrive_at(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// How the work is divided: blocks of a cluster, clusters; of a block: pieces of the inputs, slots of its ring.
+struct Division {
+  int split, clusters, pieces, slots;
+};
+
+template <int N>
+struct Shared {
+  static constexpr int kPitch = N + 2, kSums = kOutputs * kPitch;  // from output to output, and of a tile
+  char *ring, *x;
+  float* sums;  // of two tiles, from each block of the cluster its sums of the outputs that are added here
+  uint64_t *full, *empty, *entered, *summed, *added;  // barriers: of slots; of x; of the sums of two tiles
+  __device__ Shared(char* memory, const Division& d) : ring(memory + (1024 - shared_address(memory) % 1024) % 1024) {
+    x = ring + d.slots * kSlot;
+    sums = reinterpret_cast<float*>(x + d.pieces * N * kBoxBytes);
+    full = reinterpret_cast<uint64_t*>(sums + 2 * kSums);
+    empty = full + kMostSlots, entered = empty + kMostSlots, summed = entered + 1, added = summed + 2;
+  }
+  static int bytes(int pieces, int slots) {
+    return 1024 + slots * kSlot + pieces * N * kBoxBytes + 2 * kSums * 4 + (2 * kMostSlots + 5) * 8;
+  }
+};
+
+__host__ __device__ inline int tiles_of(const LinearArgs& a) {
+  return static_cast<int>((a.out + kOutputs - 1) / kOutputs);
+}
+
+// A block's part of a row's bytes, in pieces, and its cluster's tiles.
+struct Part {
+  int first, pieces, tile, tiles, step;
+  __device__ Part(const LinearArgs& a, int entry, const Division& d) {
+    const int all = static_cast<int>((a.width * entry + kBoxBytes - 1) / kBoxBytes);
+    first = min(static_cast<int>(rank_in_cluster()) * d.pieces, all), pieces = min(d.pieces, all - first);
+    tile = blockIdx.x / d.split, step = d.clusters, tiles = tiles_of(a);
+  }
+};
+
+// Of the pieces of the weight that a block multiplies, one after the other, and their slots.
+struct Turn {
+  const Part& part;
+  int slots, tile = part.tile, piece = 0, slot = 0;
+  uint32_t round = 0;
+  __device__ Turn(const Part& part_, int slots_) : part(part_), slots(slots_) {}
+  __device__ bool is_there() const { return tile < part.tiles && part.pieces > 0; }
+  __device__ void next() {
+    if (++piece == part.pieces) piece = 0, tile += part.step;
+    if (++slot == slots) slot = 0, round++;
+  }
+};
+
+// Those that fill the ring once, or those that follow, which wait for their slots.
+template <int N>
+__device__ inline void bring_pieces(Turn& turn, const CUtensorMap& weights, const Shared<N>& shared, bool follow) {
+  for (; turn.is_there() && (follow || turn.round == 0); turn.next()) {
+    if (follow) copies_await(shared.empty + turn.slot, turn.round - 1 & 1);
+    copies_expect(shared.full + turn.slot, kSlot);
+    bring(shared.ring + turn.slot * kSlot, weights, (turn.part.first + turn.piece) * kBoxBytes, turn.tile * kOutputs,
+          shared.full + turn.slot);
+  }
+}
+template <int N>
+__device__ inline void bring_rows(const Part& part, const CUtensorMap& rows, const Shared<N>& shared) {
+  copies_expect(shared.entered, part.pieces * N * kBoxBytes);
+  for (int piece = 0; piece < part.pieces; piece++)
+    bring(shared.x + piece * N * kBoxBytes, rows, (part.first + piece) * kBoxBytes, 0, shared.entered);
+}
+
+template <typename W, int N>
+__device__ inline void multiply_pieces(const Shared<N>& shared, const Part& part, const Division& d) {
+  using S = Shared<N>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, mine = static_cast<int>(rank_in_cluster());
+  int slot = 0, turn = 0;
+  uint32_t parity = 0;
+  copies_await(shared.entered, 0);
+  for (int tile = part.tile; tile < part.tiles; tile += part.step, turn++) {
+    float sums[N / 2] = {};
+    int before = -1;
+    for (int piece = 0; piece < part.pieces; piece++) {
+      copies_await(shared.full + slot, parity);
+      const uint64_t weight = described(shared.ring + slot * kSlot), x = described(shared.x + piece * N * kBoxBytes);
+      multiply_begin();
+#pragma unroll
+      for (int k = 0; k < kBoxBytes / 32; k++) multiply(static_cast<W*>(nullptr), sums, weight + 2 * k, x + 2 * k);
+      multiply_commit();
+      multiply_await<1>(sums);
+      if (before >= 0 && threadIdx.x == 0) arrive(shared.empty + before);
+      before = slot;
+      if (++slot == d.slots) slot = 0, parity ^= 1;
+    }
+    multiply_await<0>(sums);
+    if (before >= 0 && threadIdx.x == 0) arrive(shared.empty + before);
+    const int half = turn % 2, each = kOutputs / d.split;
+    if (turn > 1) copies_await(shared.added + half, turn / 2 - 1 & 1);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int output = 16 * warp + lane / 4 + 8 * i, rank = output / each;
+      const int place = half * S::kSums + (mine * each + output % each) * S::kPitch + lane % 4 * 2;
+      const uint32_t to = there(shared.sums + place, rank), barrier = there(shared.summed + half, rank);
+#pragma unroll
+      for (int j = 0; j < N / 8; j++) send(to + 32 * j, sums[4 * j + 2 * i], sums[4 * j + 2 * i + 1], barrier);
+    }
+  }
+}
+
+// Four neighbouring outputs of a row, and what is added to their sums.
+template <typename W, typename T>
+struct Four {
+  int64_t row, output;
+  bool is_there;
+  float carried[4] = {}, bias[4] = {}, unit[4];
+  __device__ Four(const LinearArgs& a, int row_, int64_t output_)
+      : row(row_), output(output_), is_there(row < a.rows && output < a.out) {
+    if (!is_there) return;
+    if (a.residual) load<T, 4>(static_cast<const T*>(a.residual) + row * a.out + output, carried);
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (a.bias) bias[j] = load_any(a.bias, a.bias_type, output + j);
+    if constexpr (std::is_same_v<W, Code>) {
+      load_floats(static_cast<const float*>(a.weight_scale) + output, unit);
+#pragma unroll
+      for (float& each : unit) each *= a.x_unit[row];
+    }
+  }
+  __device__ void write(const LinearArgs& a, float (&y)[4]) const {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      if constexpr (std::is_same_v<W, Code>) y[j] *= unit[j];
+      y[j] = activated(a.activation, y[j] + bias[j]) + carried[j];
+    }
+    if (!a.y_unit) return store<T, 4>(y, static_cast<T*>(a.y) + row * a.out + output);
+    Vector<uint8_t, 4> codes;
+#pragma unroll
+    for (int j = 0; j < 4; j++) codes.element[j] = to_eight(y[j] / a.y_unit[row]);
+    put(codes, static_cast<uint8_t*>(a.y) + row * a.out + output);
+  }
+};
+
+template <typename W, typename T, int N>
+__device__ inline void add_up(const LinearArgs& a, const Shared<N>& shared, const Part& part, int split) {
+  using S = Shared<N>;
+  const int each = kOutputs / split, lane = threadIdx.x % kGroup, first = static_cast<int>(rank_in_cluster()) * each;
+  int turn = 0;
+  for (int tile = part.tile; tile < part.tiles; tile += part.step, turn++) {
+    const int half = turn % 2;
+    const float* sums = shared.sums + half * S::kSums;
+    bool awaits = true;
+    for (int task = lane; task < N * each / 4; task += kGroup) {
+      const int row = task / (each / 4), column = task % (each / 4) * 4;
+      const Four<W, T> four(a, row, static_cast<int64_t>(tile) * kOutputs + first + column);
+      if (awaits) copies_await(shared.summed + half, turn / 2 & 1), awaits = false;
+      if (!four.is_there) continue;
+      float y[4] = {};
+      for (int from = 0; from < split; from++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) y[j] += sums[(from * each + column + j) * S::kPitch + row];
+      four.write(a, y);
+    }
+    if (tile + 2 * part.step >= part.tiles) continue;  // nobody waits to send more
+    group_meets(1);
+    if (lane == 0) copies_expect(shared.summed + half, kOutputs * N * 4);
+    if (lane < split) arrive_at(there(shared.added + half, lane));
+  }
+}
+
+template <typename W, typename T, int N>
+__global__ void __launch_bounds__(kThreads)
+    tens(const __grid_constant__ LinearArgs a, const __grid_constant__ CUtensorMap rows,
+         const __grid_constant__ CUtensorMap weights, const __grid_constant__ Division d) {
+  extern __shared__ char memory[];
+  const Shared<N> shared(memory, d);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < d.slots; s++) barrier_begin(shared.full + s), barrier_begin(shared.empty + s);
+    barrier_begin(shared.entered);
+    for (int half = 0; half < 2; half++) barrier_begin(shared.summed + half), barrier_begin(shared.added + half, d.split);
+    barriers_begun();
+    for (int half = 0; half < 2; half++) copies_expect(shared.summed + half, kOutputs * N * 4);
+  }
+  release_next();
+  __syncthreads();
+  cluster_arrive();
+  const Part part(a, sizeof(W), d);
+  const bool brings = threadIdx.x == 2 * kGroup;
+  Turn turn(part, d.slots);
+  if (brings) bring_pieces(turn, weights, shared, false);
+  __syncwarp();
+  cluster_await();  // the barriers of all blocks have begun
+  await_previous();
+  if (brings) {
+    bring_rows(part, rows, shared);
+    bring_pieces(turn, weights, shared, true);
+  }
+  if (threadIdx.x < kGroup) multiply_pieces<W>(shared, part, d);
+  if (threadIdx.x / kGroup == 1) add_up<W, T>(a, shared, part, d.split);  // until all has come that others send
+}
+
+// The smallest clusters that occupy most multiprocessors, if they can be such that two blocks fit on one, where one
+// begins while one ends. `split` is 0 where there are none.
+template <typename W, int N>
+Division division_of(const LinearArgs& a) {
+  const int all = static_cast<int>((a.width * sizeof(W) + kBoxBytes - 1) / kBoxBytes);
+  const int tiles = tiles_of(a), processors = gpu().processors;
+  constexpr int kTogether = 16;  // multiprocessors that can have clusters of four or eight, in each group of them
+  for (int room : {(gpu().shared + 1024) / 2 - 1024, gpu().shared})
+    for (int split : {2, 4, 8}) {
+      if (split < 8 && 4 * tiles * split < 3 * processors) continue;
+      const int pieces = (all + split - 1) / split, slots = (room - Shared<N>::bytes(pieces, 0)) / kSlot;
+      const int most = (split > 2 ? processors / kTogether * kTogether : processors) / split;
+      if (slots < kFewestSlots || most == 0) continue;
+      return {split, most < tiles ? most : tiles, pieces, slots < kMostSlots ? slots : kMostSlots};
+    }
+  return {};
+}
+
+template <typename W, typename T, int N>
+const char* launch_tens(const LinearArgs& a, void* stream) {
+  const Division d = division_of<W, N>(a);
+  CUtensorMap rows, weights;
+  if (!map_of(a.x, a.rows, a.width * sizeof(W), N, &rows) ||
+      !map_of(a.weight, a.out, a.width * sizeof(W), kOutputs, &weights))
+    return "a matrix cannot be described to the GPU";
+  const dim3 grid(static_cast<unsigned>(d.split * d.clusters));
+  const auto shared = static_cast<size_t>(Shared<N>::bytes(d.pieces, d.slots));
+  return launch_clusters(d.split, tens<W, T, N>, grid, dim3(kThreads), shared, stream, a, rows, weights, d);
+}
+
+template <typename T>
+const char* launch_codes(const LinearArgs& a, void* stream) {
+  if (a.rows <= 16) return launch_tens<Code, T, 16>(a, stream);
+  return a.rows <= 32 ? launch_tens<Code, T, 32>(a, stream) : launch_tens<Code, T, 64>(a, stream);
+}
+
+bool has_division(const LinearArgs& a) {
+  if (a.weight_type != Type::e4m3) return division_of<Half, 16>(a).split > 0;
+  if (a.rows <= 16) return division_of<Code, 16>(a).split > 0;
+  return (a.rows <= 32 ? division_of<Code, 32>(a) : division_of<Code, 64>(a)).split > 0;
+}
+
+}  // namespace
+
+bool tens_serves(const LinearArgs& a) {
+  const bool coded = a.weight_type == Type::e4m3;
+  auto even = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
+  if (!has_instructions() || a.width * (coded ? 1 : 2) % 16 || a.out % 4) return false;
+  if (!even(a.x) || !even(a.weight) || !even(a.residual) || !even(a.y) || !even(a.weight_scale)) return false;
+  if (!coded && (a.signal == Type::f32 || a.weight_type != a.signal)) return false;
+  // Of more rows cuBLASLt's products are as fast or faster; in codes, where they occupy the multiprocessors.
+  const int64_t most = !coded ? 16 : 2 * tiles_of(a) <= gpu().processors ? 64 : 32;
+  return a.rows <= most && has_division(a);
+}
+
+const char* tens_cuda(const LinearArgs& a, void* stream) {
+  if (a.weight_type == Type::f16) return launch_tens<Half, Half, 16>(a, stream);
+  if (a.weight_type == Type::bf16) return launch_tens<Brain, Brain, 16>(a, stream);
+  if (a.signal == Type::f16) return launch_codes<Half>(a, stream);
+  if (a.signal == Type::bf16) return launch_codes<Brain>(a, stream);
+  return launch_codes<float>(a, stream);
+}
+
+}  // namespace lhcompile
