@@ -170,12 +170,13 @@ LINEARS = {
     "wider": Linear(width=5000, out=301, norm="rms", residual=True),
     "large": Linear(width=2048, out=1030, norm="layer", norm_bias=True, activation="gelu"),
     "many tiles": Linear(width=272, out=6150, norm="layer", residual=True),
+    "tiles by clusters": Linear(width=1032, out=6148, norm="layer", activation="gelu_tanh", residual=True),
     "vocabulary": Linear(width=48, out=50257, bias=False),
 }
 
 
 @pytest.mark.parametrize("name", LINEARS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 8, 12, 64, 200])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 8, 12, 20, 64, 200])
 @pytest.mark.parametrize("kind", [(FLOAT, None), (HALF, None), (HALF, FLOAT), (BRAIN, None)])
 def test_linear(kernels: Kernels, name: str, rows: int, kind: tuple[ir.DataType, ir.DataType | None]) -> None:
     signal, bias_type = kind

@@ -38,6 +38,8 @@ struct Code {  // e4m3
   LHC_NUMBERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 LHC_MULTIPLY(Half, 16, "k16.f32.f16.f16", ", 0, 0", LHC_NUMBERS_8, "%8, %9", LHC_8(s, 0))
 LHC_MULTIPLY(Brain, 16, "k16.f32.bf16.bf16", ", 0, 0", LHC_NUMBERS_8, "%8, %9", LHC_8(s, 0))
+LHC_MULTIPLY(Half, 32, "k16.f32.f16.f16", ", 0, 0", LHC_NUMBERS_16, "%16, %17", LHC_16(s, 0))
+LHC_MULTIPLY(Brain, 32, "k16.f32.bf16.bf16", ", 0, 0", LHC_NUMBERS_16, "%16, %17", LHC_16(s, 0))
 LHC_MULTIPLY(Code, 16, "k32.f32.e4m3.e4m3", "", LHC_NUMBERS_8, "%8, %9", LHC_8(s, 0))
 LHC_MULTIPLY(Code, 32, "k32.f32.e4m3.e4m3", "", LHC_NUMBERS_16, "%16, %17", LHC_16(s, 0))
 LHC_MULTIPLY(Code, 64, "k32.f32.e4m3.e4m3", "", LHC_NUMBERS_32, "%32, %33", LHC_32(s, 0))
@@ -74,15 +76,15 @@ struct Shared {
   static constexpr int kPitch = N + 2, kSums = kOutputs * kPitch;  // from output to output, and of a tile
   char *ring, *x;
   float* sums;  // of two tiles, from each block of the cluster its sums of the outputs that are added here
-  uint64_t *full, *empty, *entered, *summed, *added;  // barriers: of slots; of x; of the sums of two tiles
+  uint64_t *full, *empty, *summed, *added;  // barriers: of slots, and of the sums of two tiles
   __device__ Shared(char* memory, const Division& d) : ring(memory + (1024 - shared_address(memory) % 1024) % 1024) {
     x = ring + d.slots * kSlot;
     sums = reinterpret_cast<float*>(x + d.pieces * N * kBoxBytes);
     full = reinterpret_cast<uint64_t*>(sums + 2 * kSums);
-    empty = full + kMostSlots, entered = empty + kMostSlots, summed = entered + 1, added = summed + 2;
+    empty = full + kMostSlots, summed = empty + kMostSlots, added = summed + 2;
   }
   static int bytes(int pieces, int slots) {
-    return 1024 + slots * kSlot + pieces * N * kBoxBytes + 2 * kSums * 4 + (2 * kMostSlots + 5) * 8;
+    return 1024 + slots * kSlot + pieces * N * kBoxBytes + 2 * kSums * 4 + (2 * kMostSlots + 4) * 8;
   }
 };
 
@@ -113,22 +115,38 @@ struct Turn {
   }
 };
 
-// Those that fill the ring once, or those that follow, which wait for their slots.
+// Brings pieces of the weight, and with those of the first tile pieces of x, which then stay.
 template <int N>
-__device__ inline void bring_pieces(Turn& turn, const CUtensorMap& weights, const Shared<N>& shared, bool follow) {
-  for (; turn.is_there() && (follow || turn.round == 0); turn.next()) {
-    if (follow) copies_await(shared.empty + turn.slot, turn.round - 1 & 1);
-    copies_expect(shared.full + turn.slot, kSlot);
-    bring(shared.ring + turn.slot * kSlot, weights, (turn.part.first + turn.piece) * kBoxBytes, turn.tile * kOutputs,
-          shared.full + turn.slot);
+struct Bringer {
+  const CUtensorMap &rows, &weights;
+  const Shared<N>& shared;
+  const Part& part;
+  Turn turn;
+  __device__ Bringer(const CUtensorMap& rows_, const CUtensorMap& weights_, const Shared<N>& shared_, const Part& part_,
+                     const Division& d)
+      : rows(rows_), weights(weights_), shared(shared_), part(part_), turn(part_, d.slots) {}
+  __device__ bool is_first() const { return turn.tile == part.tile; }
+  __device__ void weight() const {
+    uint64_t* full = shared.full + turn.slot;
+    copies_expect(full, kSlot + (is_first() ? N * kBoxBytes : 0));
+    bring(shared.ring + turn.slot * kSlot, weights, (part.first + turn.piece) * kBoxBytes, turn.tile * kOutputs, full);
   }
-}
-template <int N>
-__device__ inline void bring_rows(const Part& part, const CUtensorMap& rows, const Shared<N>& shared) {
-  copies_expect(shared.entered, part.pieces * N * kBoxBytes);
-  for (int piece = 0; piece < part.pieces; piece++)
-    bring(shared.x + piece * N * kBoxBytes, rows, (part.first + piece) * kBoxBytes, 0, shared.entered);
-}
+  __device__ void x(int piece, int slot) const {
+    bring(shared.x + piece * N * kBoxBytes, rows, (part.first + piece) * kBoxBytes, 0, shared.full + slot);
+  }
+  // The weight alone, until the ring is full.
+  __device__ void begin() {
+    for (; turn.is_there() && turn.round == 0; turn.next()) weight();
+  }
+  __device__ void go_on(int slots) {
+    for (int piece = 0; piece < min(part.pieces, slots); piece++) x(piece, piece);
+    for (; turn.is_there(); turn.next()) {
+      copies_await(shared.empty + turn.slot, turn.round - 1 & 1);
+      weight();
+      if (is_first()) x(turn.piece, turn.slot);
+    }
+  }
+};
 
 template <typename W, int N>
 __device__ inline void multiply_pieces(const Shared<N>& shared, const Part& part, const Division& d) {
@@ -136,7 +154,6 @@ __device__ inline void multiply_pieces(const Shared<N>& shared, const Part& part
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, mine = static_cast<int>(rank_in_cluster());
   int slot = 0, turn = 0;
   uint32_t parity = 0;
-  copies_await(shared.entered, 0);
   for (int tile = part.tile; tile < part.tiles; tile += part.step, turn++) {
     float sums[N / 2] = {};
     int before = -1;
@@ -208,11 +225,10 @@ __device__ inline void add_up(const LinearArgs& a, const Shared<N>& shared, cons
   for (int tile = part.tile; tile < part.tiles; tile += part.step, turn++) {
     const int half = turn % 2;
     const float* sums = shared.sums + half * S::kSums;
-    bool awaits = true;
     for (int task = lane; task < N * each / 4; task += kGroup) {
       const int row = task / (each / 4), column = task % (each / 4) * 4;
       const Four<W, T> four(a, row, static_cast<int64_t>(tile) * kOutputs + first + column);
-      if (awaits) copies_await(shared.summed + half, turn / 2 & 1), awaits = false;
+      if (task == lane) copies_await(shared.summed + half, turn / 2 & 1);
       if (!four.is_there) continue;
       float y[4] = {};
       for (int from = 0; from < split; from++)
@@ -235,7 +251,6 @@ __global__ void __launch_bounds__(kThreads)
   const Shared<N> shared(memory, d);
   if (threadIdx.x == 0) {
     for (int s = 0; s < d.slots; s++) barrier_begin(shared.full + s), barrier_begin(shared.empty + s);
-    barrier_begin(shared.entered);
     for (int half = 0; half < 2; half++) barrier_begin(shared.summed + half), barrier_begin(shared.added + half, d.split);
     barriers_begun();
     for (int half = 0; half < 2; half++) copies_expect(shared.summed + half, kOutputs * N * 4);
@@ -245,15 +260,12 @@ __global__ void __launch_bounds__(kThreads)
   cluster_arrive();
   const Part part(a, sizeof(W), d);
   const bool brings = threadIdx.x == 2 * kGroup;
-  Turn turn(part, d.slots);
-  if (brings) bring_pieces(turn, weights, shared, false);
+  Bringer<N> bringer(rows, weights, shared, part, d);
+  if (brings) bringer.begin();
   __syncwarp();
   cluster_await();  // the barriers of all blocks have begun
   await_previous();
-  if (brings) {
-    bring_rows(part, rows, shared);
-    bring_pieces(turn, weights, shared, true);
-  }
+  if (brings) bringer.go_on(d.slots);
   if (threadIdx.x < kGroup) multiply_pieces<W>(shared, part, d);
   if (threadIdx.x / kGroup == 1) add_up<W, T>(a, shared, part, d.split);  // until all has come that others send
 }
@@ -288,16 +300,25 @@ const char* launch_tens(const LinearArgs& a, void* stream) {
   return launch_clusters(d.split, tens<W, T, N>, grid, dim3(kThreads), shared, stream, a, rows, weights, d);
 }
 
-template <typename T>
-const char* launch_codes(const LinearArgs& a, void* stream) {
-  if (a.rows <= 16) return launch_tens<Code, T, 16>(a, stream);
-  return a.rows <= 32 ? launch_tens<Code, T, 32>(a, stream) : launch_tens<Code, T, 64>(a, stream);
+template <typename W, typename T>
+const char* launch_rows(const LinearArgs& a, void* stream) {
+  if (a.rows <= 16) return launch_tens<W, T, 16>(a, stream);
+  if constexpr (std::is_same_v<W, Code>)
+    if (a.rows > 32) return launch_tens<W, T, 64>(a, stream);
+  return launch_tens<W, T, 32>(a, stream);
 }
 
-bool has_division(const LinearArgs& a) {
-  if (a.weight_type != Type::e4m3) return division_of<Half, 16>(a).split > 0;
+// Whether cuBLASLt is no faster. In codes it leaves multiprocessors idle where there are fewer tiles; in 16 bits it is
+// where x of so many rows is so long that clusters have to be large.
+bool is_best(const LinearArgs& a) {
+  if (a.weight_type != Type::e4m3) {
+    if (a.rows <= 16) return division_of<Half, 16>(a).split > 0;
+    const int split = division_of<Half, 32>(a).split;
+    return a.rows <= 32 && split > 0 && split < 8;
+  }
   if (a.rows <= 16) return division_of<Code, 16>(a).split > 0;
-  return (a.rows <= 32 ? division_of<Code, 32>(a) : division_of<Code, 64>(a)).split > 0;
+  if (a.rows <= 32) return division_of<Code, 32>(a).split > 0;
+  return a.rows <= 64 && 2 * tiles_of(a) <= gpu().processors && division_of<Code, 64>(a).split > 0;
 }
 
 }  // namespace
@@ -308,17 +329,15 @@ bool tens_serves(const LinearArgs& a) {
   if (!has_instructions() || a.width * (coded ? 1 : 2) % 16 || a.out % 4) return false;
   if (!even(a.x) || !even(a.weight) || !even(a.residual) || !even(a.y) || !even(a.weight_scale)) return false;
   if (!coded && (a.signal == Type::f32 || a.weight_type != a.signal)) return false;
-  // Of more rows cuBLASLt's products are as fast or faster; in codes, where they occupy the multiprocessors.
-  const int64_t most = !coded ? 16 : 2 * tiles_of(a) <= gpu().processors ? 64 : 32;
-  return a.rows <= most && has_division(a);
+  return is_best(a);
 }
 
 const char* tens_cuda(const LinearArgs& a, void* stream) {
-  if (a.weight_type == Type::f16) return launch_tens<Half, Half, 16>(a, stream);
-  if (a.weight_type == Type::bf16) return launch_tens<Brain, Brain, 16>(a, stream);
-  if (a.signal == Type::f16) return launch_codes<Half>(a, stream);
-  if (a.signal == Type::bf16) return launch_codes<Brain>(a, stream);
-  return launch_codes<float>(a, stream);
+  if (a.weight_type == Type::f16) return launch_rows<Half, Half>(a, stream);
+  if (a.weight_type == Type::bf16) return launch_rows<Brain, Brain>(a, stream);
+  if (a.signal == Type::f16) return launch_rows<Code, Half>(a, stream);
+  if (a.signal == Type::bf16) return launch_rows<Code, Brain>(a, stream);
+  return launch_rows<Code, float>(a, stream);
 }
 
 }  // namespace lhcompile
