@@ -171,6 +171,9 @@ LINEARS = {
     "large": Linear(width=2048, out=1030, norm="layer", norm_bias=True, activation="gelu"),
     "many tiles": Linear(width=272, out=6150, norm="layer", residual=True),
     "tiles by clusters": Linear(width=1032, out=6148, norm="layer", activation="gelu_tanh", residual=True),
+    "clusters of four": Linear(width=2048, out=2048, residual=True),
+    "clusters of eight": Linear(width=8192, out=304, residual=True),
+    "many tiles a cluster": Linear(width=512, out=12804, bias=False),
     "vocabulary": Linear(width=48, out=50257, bias=False),
 }
 
