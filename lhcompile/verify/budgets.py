@@ -49,25 +49,18 @@ STREAMED = Tolerance("streamed", 5e-4, "sums over time are taken in another orde
 ONNX = Tolerance("onnx", 5e-4, "another library's kernels, and states rounded to single precision between calls")
 
 
-def codes_tolerance(terms: int, noise: float = 0.0) -> Tolerance:
+def codes_tolerance(terms: int) -> Tolerance:
     """For quantized graphs whose products are made in float32, against those of the weights' rounded values.
 
-    noise: the largest share by which the latter differ from themselves where what enters differs in its last bits
     terms: of the products that follow one another, added up. Rounding errors of as many are √terms · 2⁻²⁴ together,
     with a probability that does not depend on terms (Higham and Mary, SIAM J. Sci. Comput. 41, 2019); measured are 0.3
-    to 0.5 of it. It is 2e-5 for 112 000 terms, as 8 layers of width 2048 have; small models keep that. Where terms of
-    a recurrence cancel, more of their rounding is left: the noise says how much, another order may leave thrice that;
-    ten times the bound of others is the most.
+    to 0.5 of it. It is 2e-5 for 112 000 terms, as 8 layers of width 2048 have; small models keep that.
     """
-    share = max(2e-5, math.sqrt(terms) * 2.0**-24)
-    most = min(3 * noise, 10 * share)
     reason = (
         "both graphs make their products of the same numbers in single precision, in another order at most; "
         f"{terms} terms part by about their root times 2⁻²⁴, large numbers by such a share of themselves"
     )
-    if most > share:
-        reason += f"; the graph itself parts by {noise:.2g} where what enters differs in its last bits"
-    return Tolerance("codes", max(share, most), reason, of_each=True)
+    return Tolerance("codes", max(2e-5, math.sqrt(terms) * 2.0**-24), reason, of_each=True)
 
 
 class Kept(Protocol):
