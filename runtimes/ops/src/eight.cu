@@ -15,17 +15,6 @@ constexpr int kHalf = kOutputs / 2, kPitch = kHalf + 16;  // codes of a row that
 constexpr int kGathered = kGroup / 32 * 16 * kPitch, kColumns = kOutputs * 8;  // of a group
 constexpr int kShared = 1024 + kStages * kStage + kGroups * (kGathered + kColumns) + 2 * kStages * 8;
 
-// At the same barrier of a block of the cluster.
-__device__ inline void arrive_at(uint64_t* barrier, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
-}
 // A box for all blocks of the cluster, to the same place in each.
 __device__ inline void bring_all(void* to, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
   asm volatile(
@@ -64,6 +53,7 @@ __device__ inline void multiply_await(float (&sums)[128]) {
                : "n"(kLeft)
                : "memory");
 }
+
 // The tiles of a block, in an order in which those that run at once share rows and outputs.
 struct Tiles {
   int deep, across, count, first, step;  // deep: clusters' rows, across: outputs, both in tiles
@@ -196,7 +186,7 @@ __device__ inline void multiply_pieces(const LinearArgs& a, const Shared& shared
     float sums[128];
     int before = 0;
     auto release = [&] {  // a slot, to whoever brings something into it
-      if (lane < kCluster) arrive_at(shared.empty + before, lane);
+      if (lane < kCluster) arrive_at(there(shared.empty + before, lane));
     };
     for (int piece = 0; piece < pieces; piece++, slot.next()) {
       copies_await(shared.full + slot.at, slot.parity);

@@ -47,20 +47,11 @@ LHC_AWAIT(16, "%8", LHC_8(s, 0))
 LHC_AWAIT(32, "%16", LHC_16(s, 0))
 LHC_AWAIT(64, "%32", LHC_32(s, 0))
 
-// Where a block of the cluster has what is here.
-__device__ inline uint32_t there(const void* here, int rank) {
-  uint32_t place;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(shared_address(here)), "r"(rank));
-  return place;
-}
 // Two numbers to a block of the cluster, where the barrier counts their bytes.
 __device__ inline void send(uint32_t to, float x, float y, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(x),
                "f"(y), "r"(barrier)
                : "memory");
-}
-__device__ inline void arrive_at(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ inline void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -186,11 +177,11 @@ __device__ inline void multiply_pieces(const Shared<N>& shared, const Part& part
 
 // Four neighbouring outputs of a row, and what is added to their sums.
 template <typename W, typename T>
-struct Four {
+struct Quad {
   int64_t row, output;
   bool is_there;
   float carried[4] = {}, bias[4] = {}, unit[4];
-  __device__ Four(const LinearArgs& a, int row_, int64_t output_)
+  __device__ Quad(const LinearArgs& a, int row_, int64_t output_)
       : row(row_), output(output_), is_there(row < a.rows && output < a.out) {
     if (!is_there) return;
     if (a.residual) load<T, 4>(static_cast<const T*>(a.residual) + row * a.out + output, carried);
@@ -227,14 +218,14 @@ __device__ inline void add_up(const LinearArgs& a, const Shared<N>& shared, cons
     const float* sums = shared.sums + half * S::kSums;
     for (int task = lane; task < N * each / 4; task += kGroup) {
       const int row = task / (each / 4), column = task % (each / 4) * 4;
-      const Four<W, T> four(a, row, static_cast<int64_t>(tile) * kOutputs + first + column);
+      const Quad<W, T> quad(a, row, static_cast<int64_t>(tile) * kOutputs + first + column);
       if (task == lane) copies_await(shared.summed + half, turn / 2 & 1);
-      if (!four.is_there) continue;
+      if (!quad.is_there) continue;
       float y[4] = {};
       for (int from = 0; from < split; from++)
 #pragma unroll
         for (int j = 0; j < 4; j++) y[j] += sums[(from * each + column + j) * S::kPitch + row];
-      four.write(a, y);
+      quad.write(a, y);
     }
     if (tile + 2 * part.step >= part.tiles) continue;  // nobody waits to send more
     group_meets(1);
@@ -276,7 +267,7 @@ template <typename W, int N>
 Division division_of(const LinearArgs& a) {
   const int all = static_cast<int>((a.width * sizeof(W) + kBoxBytes - 1) / kBoxBytes);
   const int tiles = tiles_of(a), processors = gpu().processors;
-  constexpr int kTogether = 16;  // multiprocessors that can have clusters of four or eight, in each group of them
+  constexpr int kTogether = 16;  // multiprocessors of each group of them that clusters of four or eight can have
   for (int room : {(gpu().shared + 1024) / 2 - 1024, gpu().shared})
     for (int split : {2, 4, 8}) {
       if (split < 8 && 4 * tiles * split < 3 * processors) continue;
@@ -300,25 +291,29 @@ const char* launch_tens(const LinearArgs& a, void* stream) {
   return launch_clusters(d.split, tens<W, T, N>, grid, dim3(kThreads), shared, stream, a, rows, weights, d);
 }
 
-template <typename W, typename T>
-const char* launch_rows(const LinearArgs& a, void* stream) {
-  if (a.rows <= 16) return launch_tens<W, T, 16>(a, stream);
+// f(the fewest rows of a tile that suffice, as a constant)
+template <typename W, typename F>
+auto with_rows(const LinearArgs& a, const F& f) {
+  if (a.rows <= 16) return f(std::integral_constant<int, 16>());
   if constexpr (std::is_same_v<W, Code>)
-    if (a.rows > 32) return launch_tens<W, T, 64>(a, stream);
-  return launch_tens<W, T, 32>(a, stream);
+    if (a.rows > 32) return f(std::integral_constant<int, 64>());
+  return f(std::integral_constant<int, 32>());
 }
 
-// Whether cuBLASLt is no faster. In codes it leaves multiprocessors idle where there are fewer tiles; in 16 bits it is
-// where x of so many rows is so long that clusters have to be large.
+template <typename W, typename T>
+const char* launch_rows(const LinearArgs& a, void* stream) {
+  return with_rows<W>(a, [&](auto rows) { return launch_tens<W, T, decltype(rows)::value>(a, stream); });
+}
+
+// Whether cuBLASLt is no faster. Beyond 16 rows of 16 bits it is where x needs clusters of eight, beyond 32 of codes
+// where its tiles occupy the multiprocessors.
+template <typename W>
 bool is_best(const LinearArgs& a) {
-  if (a.weight_type != Type::e4m3) {
-    if (a.rows <= 16) return division_of<Half, 16>(a).split > 0;
-    const int split = division_of<Half, 32>(a).split;
-    return a.rows <= 32 && split > 0 && split < 8;
-  }
-  if (a.rows <= 16) return division_of<Code, 16>(a).split > 0;
-  if (a.rows <= 32) return division_of<Code, 32>(a).split > 0;
-  return a.rows <= 64 && 2 * tiles_of(a) <= gpu().processors && division_of<Code, 64>(a).split > 0;
+  constexpr bool kCoded = std::is_same_v<W, Code>;
+  if (a.rows > (kCoded ? 64 : 32)) return false;
+  const int split = with_rows<W>(a, [&](auto rows) { return division_of<W, decltype(rows)::value>(a).split; });
+  if (split == 0 || a.rows <= 16) return split > 0;
+  return kCoded ? a.rows <= 32 || 2 * tiles_of(a) <= gpu().processors : split < 8;
 }
 
 }  // namespace
@@ -329,7 +324,7 @@ bool tens_serves(const LinearArgs& a) {
   if (!has_instructions() || a.width * (coded ? 1 : 2) % 16 || a.out % 4) return false;
   if (!even(a.x) || !even(a.weight) || !even(a.residual) || !even(a.y) || !even(a.weight_scale)) return false;
   if (!coded && (a.signal == Type::f32 || a.weight_type != a.signal)) return false;
-  return is_best(a);
+  return coded ? is_best<Code>(a) : is_best<Half>(a);
 }
 
 const char* tens_cuda(const LinearArgs& a, void* stream) {

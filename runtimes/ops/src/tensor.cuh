@@ -23,6 +23,16 @@ __device__ inline void meet_cluster() {
   cluster_arrive();
   cluster_await();
 }
+// Where a block of the cluster has what is here.
+__device__ inline uint32_t there(const void* here, int rank) {
+  uint32_t place;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(shared_address(here)), "r"(rank));
+  return place;
+}
+// At a barrier that is there.
+__device__ inline void arrive_at(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 // A box of the matrix, from (column, row) on.
 __device__ inline void bring(void* to, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
   asm volatile(
