@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 __all__ = ["picture", "tables", "write"]
 
 COLORS = {"transformer": "#4c78a8", "hyena": "#72a276", "loop": "#b79a5b", "loop, eager": "#999999"}
-OURS = {"fp8": "#8d1f3a", "int4": "#e8a0a9"}
+OURS = {"bf16": "#e07b39", "fp8": "#8d1f3a", "int4": "#e8a0a9"}
 Row = dict[str, Any]
 
 
