@@ -5,6 +5,9 @@ Kernels that round signals are told not to: com.microsoft MatMulNBits by its att
 by leaving the graph as it is written, signals of fixed scales by taking them from before they are rounded, signals of
 16 bits and of float8 by casting them to float32 instead. Products of bytes cannot be told; they read the tensors that
 the others do.
+
+Mixers have no codes on trial, and their rounding is the larger the more residues cancel the direct term: both graphs
+make theirs in double precision.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ Array = NDArray[Any]
 FLOAT32 = 1
 """accuracy_level of MatMulNBits."""
 BYTES = "MatMulInteger"
-FLOAT = onnx.TensorProto.FLOAT
+MIXERS, INDEX = ("HyenaMixer", "HyenaStep"), "index"
+FLOAT, DOUBLE = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE
 HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 NARROW = (*HALVES, onnx.TensorProto.FLOAT8E4M3FN)
 SEVERE = 3
@@ -51,6 +55,9 @@ def check_products(quantized: Path, rounded: Path, states: tuple[State, ...], to
     _unround(model.graph)
     _round_biases(meant.graph, model.graph)
     _widen(model)
+    for function in (*model.functions, *meant.functions):
+        if function.name in MIXERS:
+            _in_double(function)
     copies = [path.with_name(f"{path.stem}.exact.onnx") for path in (quantized, rounded)]
     try:
         for graph, copy in zip((model, meant), copies, strict=True):
@@ -135,6 +142,33 @@ def _widen(model: onnx.ModelProto) -> None:
                     attribute.i = FLOAT
     halves = [tensor.name for tensor in model.graph.initializer if tensor.data_type in HALVES]
     _read_through(model.graph, dict.fromkeys(halves, (FLOAT,)))
+
+
+def _in_double(function: onnx.FunctionProto) -> None:
+    """What a function computes in float32 in double precision, from and to the types it has; int64 and int32 stay."""
+    nodes = _nodes(function)
+    for node in nodes:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == FLOAT:
+                attribute.i = DOUBLE
+            if attribute.HasField("t") and attribute.t.data_type == FLOAT:
+                attribute.t.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(attribute.t).astype("f8")))
+            for value in (*attribute.g.input, *attribute.g.output):
+                if value.type.tensor_type.elem_type == FLOAT:
+                    value.type.tensor_type.elem_type = DOUBLE
+    read = {name for node in nodes for name in node.input} - {INDEX}
+    wide = {name: f"{name}.wide" for name in function.input if name in read}
+    narrow = {name: f"{name}.wide" for name in function.output}
+    for node in nodes:
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                names[place] = wide.get(name, narrow.get(name, name))
+    body = list(function.node)
+    del function.node[:]
+    cast = onnx.helper.make_node
+    function.node.extend(cast("Cast", [name], [into], to=DOUBLE) for name, into in wide.items())
+    function.node.extend(body)
+    function.node.extend(cast("Cast", [into], [name], to=FLOAT) for name, into in narrow.items())
 
 
 def _round_biases(meant: onnx.GraphProto, quantized: onnx.GraphProto) -> None:
