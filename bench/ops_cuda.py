@@ -182,8 +182,7 @@ class _Bench:
     def whole_step(self) -> list[dict[str, Any]]:
         """All layers of a model in one graph, five operators a layer, and the logits: nothing else of the step."""
         rows = []
-        few = [(bits, batch) for bits in (16, 8) for batch in (1, 4, 8, 16, 32, 64, 512)]
-        for bits, batch in (*few, (4, 1), (4, 8)):
+        for bits, batch in ((bits, batch) for bits in (16, 8, 4) for batch in (1, 4, 8, 16, 32, 64, 128, 512)):
             calls = [call for _ in range(LAYERS) for call in self._layer(batch, bits)]
             calls.append(self._linear("logits", batch, bits=bits))
             weights = LAYERS * sum(w * o for name, w, o, *_ in _NODES if name != "logits") + WIDTH * VOCABULARY

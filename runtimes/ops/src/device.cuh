@@ -179,35 +179,6 @@ __device__ inline void await_previous() {
 #endif
 }
 
-// In clusters of so many blocks, which are neighbours; 0: the kernel has none, or says itself how many.
-template <typename... Formal, typename... Given>
-const char* launch_clusters(int cluster, void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shared, void* stream,
-                            Given&&... given) {
-  // Kernels overlap only where they want the same division of a multiprocessor's memory: as much shared as there is.
-  const auto* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t problem =
-      cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (problem == cudaSuccess && shared > 48 * 1024)
-    problem = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (problem != cudaSuccess) return cudaGetErrorString(problem);
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared;
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  config.attrs = attributes, config.numAttrs = cluster ? 2 : 1;
-  problem = cudaLaunchKernelEx(&config, kernel, Formal(given)...);
-  return problem == cudaSuccess ? nullptr : cudaGetErrorString(problem);
-}
-
-template <typename... Formal, typename... Given>
-const char* launch(void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shared, void* stream, Given&&... given) {
-  return launch_clusters(0, kernel, grid, block, shared, stream, static_cast<Given&&>(given)...);
-}
-
 struct Gpu {
   int processors, shared;  // multiprocessors; bytes of shared memory that a block may have
   int capability;          // 90 is 9.0
@@ -228,6 +199,35 @@ inline const Gpu& gpu() {
     one.capability = 10 * one.capability + minor;
   }
   return one;
+}
+
+// In clusters of so many blocks, which are neighbours; 0: the kernel has none, or says itself how many.
+template <typename... Formal, typename... Given>
+const char* launch_clusters(int cluster, void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shared, void* stream,
+                            Given&&... given) {
+  // Kernels overlap only where they want the same division of a multiprocessor's memory: as much shared as there is.
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t problem =
+      cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (problem == cudaSuccess && shared > 48 * 1024)  // all there is, so that no other launch can lower it
+    problem = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, gpu().shared);
+  if (problem != cudaSuccess) return cudaGetErrorString(problem);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  config.attrs = attributes, config.numAttrs = cluster ? 2 : 1;
+  problem = cudaLaunchKernelEx(&config, kernel, Formal(given)...);
+  return problem == cudaSuccess ? nullptr : cudaGetErrorString(problem);
+}
+
+template <typename... Formal, typename... Given>
+const char* launch(void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shared, void* stream, Given&&... given) {
+  return launch_clusters(0, kernel, grid, block, shared, stream, static_cast<Given&&>(given)...);
 }
 
 }  // namespace lhcompile

@@ -66,7 +66,9 @@ struct Room {
     const bool eight = is_to_be_coded(a);
     if (a.norm != Norm::none || eight) x = padded(a.rows * a.width * (eight ? 1 : size_of(a.signal)));
     if (eight) units = padded(a.rows * 4);
-    if (a.weight_type == Type::u8) weight = padded(a.out * a.width * size_of(a.signal));
+    LinearArgs entering = a;
+    if (x) entering.x = nullptr;  // in scratch memory, which is aligned
+    if (a.weight_type == Type::u8 && !tens_serves(entering)) weight = padded(a.out * a.width * size_of(a.signal));
     if (a.y_unit && !eight_serves(a.width, a.out)) product = padded(a.rows * a.out * size_of(a.signal));
   }
   size_t all() const { return x + units + weight + product; }
@@ -81,7 +83,7 @@ const char* many_rows(const LinearArgs& a, void* scratch, void* stream) {
   const void *x = a.x, *weight = a.weight;
   auto* units = room.units ? reinterpret_cast<float*>(memory + room.x) : nullptr;
   const float* x_unit = a.x_unit ? a.x_unit : units;
-  if (four) {
+  if (room.weight) {
     auto* to = memory + room.x + room.units;
     const dim3 grid(static_cast<unsigned>((a.out * (a.width / 32) + kThreads - 1) / kThreads));
     if (const char* problem = launch(expand<T>, grid, dim3(kThreads), 0, stream, a, to)) return problem;
@@ -93,7 +95,7 @@ const char* many_rows(const LinearArgs& a, void* scratch, void* stream) {
   }
   LinearArgs entering = a;
   entering.x = x, entering.x_unit = x_unit;
-  if (!four && tens_serves(entering)) return tens_cuda(entering, stream);
+  if (four ? !room.weight : tens_serves(entering)) return tens_cuda(entering, stream);
   if (a.y_unit && !room.product) return eight_cuda(entering, stream);
   auto* product = static_cast<T*>(room.product ? memory + room.x + room.units + room.weight : a.y);
   Product p{};

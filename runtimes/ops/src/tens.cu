@@ -4,48 +4,13 @@
 // all rows of x stay in its shared memory. One thread brings pieces of the weight, 64 outputs of 128 bytes, into a ring:
 // the first of them before the kernel in front has ended, for they are constants. Four warps multiply, and send what they
 // have of each output to the block that adds it up over the cluster; there four other warps do so, in one order.
-#include "tensor.cuh"
+#include "pieces.cuh"
 
 namespace lhcompile {
 namespace {
 
-constexpr int kOutputs = 64, kSlot = kOutputs * kBoxBytes;
 constexpr int kThreads = 2 * kGroup + 32;  // those that multiply, those that add, and the one that brings
 constexpr int kFewestSlots = 4, kMostSlots = 16;
-
-struct Code {  // e4m3
-  uint8_t bits;
-};
-
-// sums += 64 outputs × N rows, over 32 bytes of both
-#define LHC_MULTIPLY(W, N, TYPES, TURNED, NUMBERS, FACTORS, ...)                                              \
-  __device__ inline void multiply(const W*, float (&s)[N / 2], uint64_t weight, uint64_t x) {                 \
-    asm volatile(                                                                                             \
-        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N TYPES " {" NUMBERS \
-        "}, " FACTORS ", add, 1, 1" TURNED ";\n}\n"                                                           \
-        : __VA_ARGS__                                                                                         \
-        : "l"(weight), "l"(x));                                                                               \
-  }
-// Until all but the last `kLeft` that were committed are done.
-#define LHC_AWAIT(N, LEFT, ...)                                                                    \
-  template <int kLeft>                                                                             \
-  __device__ inline void multiply_await(float (&s)[N / 2]) {                                       \
-    asm volatile("wgmma.wait_group.sync.aligned " LEFT ";" : __VA_ARGS__ : "n"(kLeft) : "memory"); \
-  }
-#define LHC_NUMBERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define LHC_NUMBERS_16 LHC_NUMBERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define LHC_NUMBERS_32 \
-  LHC_NUMBERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-LHC_MULTIPLY(Half, 16, "k16.f32.f16.f16", ", 0, 0", LHC_NUMBERS_8, "%8, %9", LHC_8(s, 0))
-LHC_MULTIPLY(Brain, 16, "k16.f32.bf16.bf16", ", 0, 0", LHC_NUMBERS_8, "%8, %9", LHC_8(s, 0))
-LHC_MULTIPLY(Half, 32, "k16.f32.f16.f16", ", 0, 0", LHC_NUMBERS_16, "%16, %17", LHC_16(s, 0))
-LHC_MULTIPLY(Brain, 32, "k16.f32.bf16.bf16", ", 0, 0", LHC_NUMBERS_16, "%16, %17", LHC_16(s, 0))
-LHC_MULTIPLY(Code, 16, "k32.f32.e4m3.e4m3", "", LHC_NUMBERS_8, "%8, %9", LHC_8(s, 0))
-LHC_MULTIPLY(Code, 32, "k32.f32.e4m3.e4m3", "", LHC_NUMBERS_16, "%16, %17", LHC_16(s, 0))
-LHC_MULTIPLY(Code, 64, "k32.f32.e4m3.e4m3", "", LHC_NUMBERS_32, "%32, %33", LHC_32(s, 0))
-LHC_AWAIT(16, "%8", LHC_8(s, 0))
-LHC_AWAIT(32, "%16", LHC_16(s, 0))
-LHC_AWAIT(64, "%32", LHC_32(s, 0))
 
 // Two numbers to a block of the cluster, where the barrier counts their bytes.
 __device__ inline void send(uint32_t to, float x, float y, uint32_t barrier) {
@@ -56,26 +21,46 @@ __device__ inline void send(uint32_t to, float x, float y, uint32_t barrier) {
 __device__ inline void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// Of what blocks of the cluster do: at a barrier that is there, and until all have.
+__device__ inline void cluster_arrive_at(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void cluster_await_at(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
 
 // How the work is divided: blocks of a cluster, clusters; of a block: pieces of the inputs, slots of its ring.
 struct Division {
   int split, clusters, pieces, slots;
 };
 
-template <int N>
+struct Maps {
+  CUtensorMap x, weight, scales;
+};
+
+template <typename W, int N>
 struct Shared {
+  static constexpr int kX = W::kBoxes * N * kBoxBytes;  // beside a piece of the weight
   static constexpr int kPitch = N + 2, kSums = kOutputs * kPitch;  // from output to output, and of a tile
   char *ring, *x;
   float* sums;  // of two tiles, from each block of the cluster its sums of the outputs that are added here
   uint64_t *full, *empty, *summed, *added;  // barriers: of slots, and of the sums of two tiles
   __device__ Shared(char* memory, const Division& d) : ring(memory + (1024 - shared_address(memory) % 1024) % 1024) {
-    x = ring + d.slots * kSlot;
-    sums = reinterpret_cast<float*>(x + d.pieces * N * kBoxBytes);
+    x = ring + d.slots * W::kSlot;
+    sums = reinterpret_cast<float*>(x + d.pieces * kX);
     full = reinterpret_cast<uint64_t*>(sums + 2 * kSums);
     empty = full + kMostSlots, summed = empty + kMostSlots, added = summed + 2;
   }
   static int bytes(int pieces, int slots) {
-    return 1024 + slots * kSlot + pieces * N * kBoxBytes + 2 * kSums * 4 + (2 * kMostSlots + 4) * 8;
+    return 1024 + slots * W::kSlot + pieces * kX + 2 * kSums * 4 + (2 * kMostSlots + 4) * 8;
   }
 };
 
@@ -83,11 +68,15 @@ __host__ __device__ inline int tiles_of(const LinearArgs& a) {
   return static_cast<int>((a.out + kOutputs - 1) / kOutputs);
 }
 
-// A block's part of a row's bytes, in pieces, and its cluster's tiles.
+template <typename W>
+__host__ __device__ int pieces_of(const LinearArgs& a) {
+  return static_cast<int>((a.width + W::kInputs - 1) / W::kInputs);
+}
+
+// A block's part of the inputs, in pieces, and its cluster's tiles.
 struct Part {
   int first, pieces, tile, tiles, step;
-  __device__ Part(const LinearArgs& a, int entry, const Division& d) {
-    const int all = static_cast<int>((a.width * entry + kBoxBytes - 1) / kBoxBytes);
+  __device__ Part(const LinearArgs& a, int all, const Division& d) {
     first = min(static_cast<int>(rank_in_cluster()) * d.pieces, all), pieces = min(d.pieces, all - first);
     tile = blockIdx.x / d.split, step = d.clusters, tiles = tiles_of(a);
   }
@@ -107,23 +96,28 @@ struct Turn {
 };
 
 // Brings pieces of the weight, and with those of the first tile pieces of x, which then stay.
-template <int N>
+template <typename W, int N>
 struct Bringer {
-  const CUtensorMap &rows, &weights;
-  const Shared<N>& shared;
+  const Maps& maps;
+  const Shared<W, N>& shared;
   const Part& part;
   Turn turn;
-  __device__ Bringer(const CUtensorMap& rows_, const CUtensorMap& weights_, const Shared<N>& shared_, const Part& part_,
-                     const Division& d)
-      : rows(rows_), weights(weights_), shared(shared_), part(part_), turn(part_, d.slots) {}
+  __device__ Bringer(const Maps& maps_, const Shared<W, N>& shared_, const Part& part_, const Division& d)
+      : maps(maps_), shared(shared_), part(part_), turn(part_, d.slots) {}
   __device__ bool is_first() const { return turn.tile == part.tile; }
   __device__ void weight() const {
     uint64_t* full = shared.full + turn.slot;
-    copies_expect(full, kSlot + (is_first() ? N * kBoxBytes : 0));
-    bring(shared.ring + turn.slot * kSlot, weights, (part.first + turn.piece) * kBoxBytes, turn.tile * kOutputs, full);
+    char* slot = shared.ring + turn.slot * W::kSlot;
+    copies_expect(full, W::kSlot + (is_first() ? shared.kX : 0));
+    const int piece = part.first + turn.piece, output = turn.tile * kOutputs;
+    bring(slot, maps.weight, piece * kBoxBytes, output, full);
+    if (W::kScales) bring(slot + kBox, maps.scales, piece * W::kScales, output, full);
   }
   __device__ void x(int piece, int slot) const {
-    bring(shared.x + piece * N * kBoxBytes, rows, (part.first + piece) * kBoxBytes, 0, shared.full + slot);
+#pragma unroll
+    for (int box = 0; box < W::kBoxes; box++)
+      bring(shared.x + piece * shared.kX + box * N * kBoxBytes, maps.x,
+            ((part.first + piece) * W::kBoxes + box) * kBoxBytes, 0, shared.full + slot);
   }
   // The weight alone, until the ring is full.
   __device__ void begin() {
@@ -140,8 +134,8 @@ struct Bringer {
 };
 
 template <typename W, int N>
-__device__ inline void multiply_pieces(const Shared<N>& shared, const Part& part, const Division& d) {
-  using S = Shared<N>;
+__device__ inline void multiply_pieces(const Shared<W, N>& shared, const Part& part, const Division& d) {
+  using S = Shared<W, N>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, mine = static_cast<int>(rank_in_cluster());
   int slot = 0, turn = 0;
   uint32_t parity = 0;
@@ -150,20 +144,20 @@ __device__ inline void multiply_pieces(const Shared<N>& shared, const Part& part
     int before = -1;
     for (int piece = 0; piece < part.pieces; piece++) {
       copies_await(shared.full + slot, parity);
-      const uint64_t weight = described(shared.ring + slot * kSlot), x = described(shared.x + piece * N * kBoxBytes);
-      multiply_begin();
-#pragma unroll
-      for (int k = 0; k < kBoxBytes / 32; k++) multiply(static_cast<W*>(nullptr), sums, weight + 2 * k, x + 2 * k);
-      multiply_commit();
-      multiply_await<1>(sums);
-      if (before >= 0 && threadIdx.x == 0) arrive(shared.empty + before);
-      before = slot;
+      W::multiply_piece(sums, shared.ring + slot * W::kSlot, shared.x + piece * S::kX);
+      if constexpr (W::kHeld) {  // in registers: the warp has read all of it
+        __syncwarp();
+        if (lane == 0) arrive(shared.empty + slot);
+      } else {
+        if (before >= 0 && threadIdx.x == 0) arrive(shared.empty + before);
+        before = slot;
+      }
       if (++slot == d.slots) slot = 0, parity ^= 1;
     }
     multiply_await<0>(sums);
     if (before >= 0 && threadIdx.x == 0) arrive(shared.empty + before);
     const int half = turn % 2, each = kOutputs / d.split;
-    if (turn > 1) copies_await(shared.added + half, turn / 2 - 1 & 1);
+    if (turn > 1) cluster_await_at(shared.added + half, turn / 2 - 1 & 1);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int output = 16 * warp + lane / 4 + 8 * i, rank = output / each;
@@ -188,7 +182,7 @@ struct Quad {
 #pragma unroll
     for (int j = 0; j < 4; j++)
       if (a.bias) bias[j] = load_any(a.bias, a.bias_type, output + j);
-    if constexpr (std::is_same_v<W, Code>) {
+    if constexpr (W::kCoded) {
       load_floats(static_cast<const float*>(a.weight_scale) + output, unit);
 #pragma unroll
       for (float& each : unit) each *= a.x_unit[row];
@@ -197,7 +191,7 @@ struct Quad {
   __device__ void write(const LinearArgs& a, float (&y)[4]) const {
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      if constexpr (std::is_same_v<W, Code>) y[j] *= unit[j];
+      if constexpr (W::kCoded) y[j] *= unit[j];
       y[j] = activated(a.activation, y[j] + bias[j]) + carried[j];
     }
     if (!a.y_unit) return store<T, 4>(y, static_cast<T*>(a.y) + row * a.out + output);
@@ -209,8 +203,8 @@ struct Quad {
 };
 
 template <typename W, typename T, int N>
-__device__ inline void add_up(const LinearArgs& a, const Shared<N>& shared, const Part& part, int split) {
-  using S = Shared<N>;
+__device__ inline void add_up(const LinearArgs& a, const Shared<W, N>& shared, const Part& part, int split) {
+  using S = Shared<W, N>;
   const int each = kOutputs / split, lane = threadIdx.x % kGroup, first = static_cast<int>(rank_in_cluster()) * each;
   int turn = 0;
   for (int tile = part.tile; tile < part.tiles; tile += part.step, turn++) {
@@ -219,7 +213,7 @@ __device__ inline void add_up(const LinearArgs& a, const Shared<N>& shared, cons
     for (int task = lane; task < N * each / 4; task += kGroup) {
       const int row = task / (each / 4), column = task % (each / 4) * 4;
       const Quad<W, T> quad(a, row, static_cast<int64_t>(tile) * kOutputs + first + column);
-      if (task == lane) copies_await(shared.summed + half, turn / 2 & 1);
+      if (task == lane) cluster_await_at(shared.summed + half, turn / 2 & 1);
       if (!quad.is_there) continue;
       float y[4] = {};
       for (int from = 0; from < split; from++)
@@ -228,20 +222,20 @@ __device__ inline void add_up(const LinearArgs& a, const Shared<N>& shared, cons
       quad.write(a, y);
     }
     if (tile + 2 * part.step >= part.tiles) continue;  // nobody waits to send more
+    __syncwarp();
     group_meets(1);
     if (lane == 0) copies_expect(shared.summed + half, kOutputs * N * 4);
-    if (lane < split) arrive_at(there(shared.added + half, lane));
+    if (lane < split) cluster_arrive_at(there(shared.added + half, lane));
   }
 }
 
 template <typename W, typename T, int N>
-__global__ void __launch_bounds__(kThreads)
-    tens(const __grid_constant__ LinearArgs a, const __grid_constant__ CUtensorMap rows,
-         const __grid_constant__ CUtensorMap weights, const __grid_constant__ Division d) {
+__global__ void __launch_bounds__(kThreads) tens(const __grid_constant__ LinearArgs a, const __grid_constant__ Maps maps,
+                                                 const __grid_constant__ Division d) {
   extern __shared__ char memory[];
-  const Shared<N> shared(memory, d);
+  const Shared<W, N> shared(memory, d);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < d.slots; s++) barrier_begin(shared.full + s), barrier_begin(shared.empty + s);
+    for (int s = 0; s < d.slots; s++) barrier_begin(shared.full + s), barrier_begin(shared.empty + s, W::kHeld ? kGroup / 32 : 1);
     for (int half = 0; half < 2; half++) barrier_begin(shared.summed + half), barrier_begin(shared.added + half, d.split);
     barriers_begun();
     for (int half = 0; half < 2; half++) copies_expect(shared.summed + half, kOutputs * N * 4);
@@ -249,15 +243,15 @@ __global__ void __launch_bounds__(kThreads)
   release_next();
   __syncthreads();
   cluster_arrive();
-  const Part part(a, sizeof(W), d);
+  const Part part(a, pieces_of<W>(a), d);
   const bool brings = threadIdx.x == 2 * kGroup;
-  Bringer<N> bringer(rows, weights, shared, part, d);
+  Bringer<W, N> bringer(maps, shared, part, d);
   if (brings) bringer.begin();
   __syncwarp();
   cluster_await();  // the barriers of all blocks have begun
   await_previous();
   if (brings) bringer.go_on(d.slots);
-  if (threadIdx.x < kGroup) multiply_pieces<W>(shared, part, d);
+  if (threadIdx.x < kGroup) multiply_pieces(shared, part, d);
   if (threadIdx.x / kGroup == 1) add_up<W, T>(a, shared, part, d.split);  // until all has come that others send
 }
 
@@ -265,13 +259,12 @@ __global__ void __launch_bounds__(kThreads)
 // begins while one ends. `split` is 0 where there are none.
 template <typename W, int N>
 Division division_of(const LinearArgs& a) {
-  const int all = static_cast<int>((a.width * sizeof(W) + kBoxBytes - 1) / kBoxBytes);
-  const int tiles = tiles_of(a), processors = gpu().processors;
+  const int all = pieces_of<W>(a), tiles = tiles_of(a), processors = gpu().processors;
   constexpr int kTogether = 16;  // multiprocessors of each group of them that clusters of four or eight can have
   for (int room : {(gpu().shared + 1024) / 2 - 1024, gpu().shared})
     for (int split : {2, 4, 8}) {
       if (split < 8 && 4 * tiles * split < 3 * processors) continue;
-      const int pieces = (all + split - 1) / split, slots = (room - Shared<N>::bytes(pieces, 0)) / kSlot;
+      const int pieces = (all + split - 1) / split, slots = (room - Shared<W, N>::bytes(pieces, 0)) / W::kSlot;
       const int most = (split > 2 ? processors / kTogether * kTogether : processors) / split;
       if (slots < kFewestSlots || most == 0) continue;
       return {split, most < tiles ? most : tiles, pieces, slots < kMostSlots ? slots : kMostSlots};
@@ -282,22 +275,40 @@ Division division_of(const LinearArgs& a) {
 template <typename W, typename T, int N>
 const char* launch_tens(const LinearArgs& a, void* stream) {
   const Division d = division_of<W, N>(a);
-  CUtensorMap rows, weights;
-  if (!map_of(a.x, a.rows, a.width * sizeof(W), N, &rows) ||
-      !map_of(a.weight, a.out, a.width * sizeof(W), kOutputs, &weights))
+  Maps maps{};
+  if (!map_of(a.x, a.rows, a.width * sizeof(typename W::Entry), N, &maps.x) ||
+      !map_of(a.weight, a.out, a.width * kBoxBytes / W::kInputs, kOutputs, &maps.weight) ||
+      (W::kScales &&
+       !map_of(a.weight_scale, a.out, a.width * W::kScales / W::kInputs, kOutputs, &maps.scales, W::kScales)))
     return "a matrix cannot be described to the GPU";
   const dim3 grid(static_cast<unsigned>(d.split * d.clusters));
-  const auto shared = static_cast<size_t>(Shared<N>::bytes(d.pieces, d.slots));
-  return launch_clusters(d.split, tens<W, T, N>, grid, dim3(kThreads), shared, stream, a, rows, weights, d);
+  const auto shared = static_cast<size_t>(Shared<W, N>::bytes(d.pieces, d.slots));
+  return launch_clusters(d.split, tens<W, T, N>, grid, dim3(kThreads), shared, stream, a, maps, d);
 }
 
 // f(the fewest rows of a tile that suffice, as a constant)
 template <typename W, typename F>
 auto with_rows(const LinearArgs& a, const F& f) {
   if (a.rows <= 16) return f(std::integral_constant<int, 16>());
-  if constexpr (std::is_same_v<W, Code>)
+  if constexpr (W::kCoded)
     if (a.rows > 32) return f(std::integral_constant<int, 64>());
   return f(std::integral_constant<int, 32>());
+}
+
+// Rows that are multiplied at once, and in all of 4 bits: cuBLASLt wants those written out, which takes longer than to
+// read them again for more rows.
+template <typename W>
+constexpr int kMostAtOnce = W::kCoded ? 64 : 32;
+constexpr int kMostOfFour = 128;
+
+// Whether nothing else is faster. Beyond 16 rows of 16 bits it is where x needs no clusters of eight, beyond 32 of codes
+// in 8 bits where tiles do not occupy the multiprocessors.
+template <typename W>
+bool is_best(const LinearArgs& a) {
+  if (a.rows > (W::kScales ? kMostOfFour : kMostAtOnce<W>)) return false;
+  const int split = with_rows<W>(a, [&](auto rows) { return division_of<W, decltype(rows)::value>(a).split; });
+  if (split == 0 || a.rows <= 16 || W::kScales) return split > 0;
+  return W::kCoded ? a.rows <= 32 || 2 * tiles_of(a) <= gpu().processors : split < 8;
 }
 
 template <typename W, typename T>
@@ -305,34 +316,35 @@ const char* launch_rows(const LinearArgs& a, void* stream) {
   return with_rows<W>(a, [&](auto rows) { return launch_tens<W, T, decltype(rows)::value>(a, stream); });
 }
 
-// Whether cuBLASLt is no faster. Beyond 16 rows of 16 bits it is where x needs clusters of eight, beyond 32 of codes
-// where its tiles occupy the multiprocessors.
-template <typename W>
-bool is_best(const LinearArgs& a) {
-  constexpr bool kCoded = std::is_same_v<W, Code>;
-  if (a.rows > (kCoded ? 64 : 32)) return false;
-  const int split = with_rows<W>(a, [&](auto rows) { return division_of<W, decltype(rows)::value>(a).split; });
-  if (split == 0 || a.rows <= 16) return split > 0;
-  return kCoded ? a.rows <= 32 || 2 * tiles_of(a) <= gpu().processors : split < 8;
+// Rows in parts of as many as are multiplied at once.
+const char* four_cuda(LinearArgs a, void* stream) {
+  for (int64_t left = a.rows; left > 0; left -= a.rows) {
+    a.rows = left < kMostAtOnce<FourBits> ? left : kMostAtOnce<FourBits>;
+    if (const char* problem = launch_rows<FourBits, Half>(a, stream)) return problem;
+    a.x = static_cast<const Half*>(a.x) + a.rows * a.width, a.y = static_cast<Half*>(a.y) + a.rows * a.out;
+    if (a.residual) a.residual = static_cast<const Half*>(a.residual) + a.rows * a.out;
+  }
+  return nullptr;
 }
 
 }  // namespace
 
 bool tens_serves(const LinearArgs& a) {
-  const bool coded = a.weight_type == Type::e4m3;
   auto even = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
-  if (!has_instructions() || a.width * (coded ? 1 : 2) % 16 || a.out % 4) return false;
+  if (!has_instructions() || a.out % 4) return false;
   if (!even(a.x) || !even(a.weight) || !even(a.residual) || !even(a.y) || !even(a.weight_scale)) return false;
-  if (!coded && (a.signal == Type::f32 || a.weight_type != a.signal)) return false;
-  return coded ? is_best<Code>(a) : is_best<Half>(a);
+  if (a.weight_type == Type::u8) return a.signal == Type::f16 && a.width % FourBits::kInputs == 0 && is_best<FourBits>(a);
+  if (a.weight_type == Type::e4m3) return a.width % 16 == 0 && is_best<EightBits>(a);
+  return a.width % 8 == 0 && a.signal != Type::f32 && a.weight_type == a.signal && is_best<Whole<Half>>(a);
 }
 
 const char* tens_cuda(const LinearArgs& a, void* stream) {
-  if (a.weight_type == Type::f16) return launch_rows<Half, Half>(a, stream);
-  if (a.weight_type == Type::bf16) return launch_rows<Brain, Brain>(a, stream);
-  if (a.signal == Type::f16) return launch_rows<Code, Half>(a, stream);
-  if (a.signal == Type::bf16) return launch_rows<Code, Brain>(a, stream);
-  return launch_rows<Code, float>(a, stream);
+  if (a.weight_type == Type::f16) return launch_rows<Whole<Half>, Half>(a, stream);
+  if (a.weight_type == Type::bf16) return launch_rows<Whole<Brain>, Brain>(a, stream);
+  if (a.weight_type == Type::u8) return four_cuda(a, stream);
+  if (a.signal == Type::f16) return launch_rows<EightBits, Half>(a, stream);
+  if (a.signal == Type::bf16) return launch_rows<EightBits, Brain>(a, stream);
+  return launch_rows<EightBits, float>(a, stream);
 }
 
 }  // namespace lhcompile
