@@ -27,7 +27,7 @@ from lhcompile.verify.decode import check_decode
 from lhcompile.verify.masked import check_masked
 from lhcompile.verify.model import Report, StageFidelity
 from lhcompile.verify.products import check_products
-from lhcompile.verify.states import RoundedBetween, Stepped, check_drift, check_kept
+from lhcompile.verify.states import RoundedBetween, Stepped, check_added, check_drift, check_kept
 
 __all__ = ["Compiled", "Contents", "measure", "providers"]
 
@@ -171,16 +171,19 @@ class _Trial:
 
     def _check_drift(self, model: verify.SessionModel, plain: verify.SessionModel) -> None:
         """Signals of 4 or 8 bits, as graphs for cuda have them, turn every difference, however small, into steps of
-        their own. States are then judged in graphs whose signals are not rounded, and the product keeps to what its
-        signals may do."""
+        their own. States are then judged in graphs whose signals are not rounded; the product keeps to what its signals
+        may do, and is no further from those graphs than its signals alone take it and its states may."""
         compiled, tolerance = self.compiled, verify.state_tolerance(self.compiled.report.state)
-        if self.target == "cuda" and compiled.report.quantize in ("fp8", "bf16"):
-            check_drift(model, plain, self._tolerance, compiled.drift)
-            model.close()
-            assert compiled.rounded is not None
-            load, rows = self._load(compiled.rounded), compiled.targets[self.target]
-            model, plain = RoundedBetween(load, compiled.states[1], rows), verify.SessionModel(load, rows)
-        check_drift(model, plain, tolerance, compiled.drift)
+        if self.target != "cuda" or compiled.report.quantize not in ("fp8", "bf16"):
+            check_drift(model, plain, tolerance, compiled.drift)
+            return
+        found, signals = check_drift(model, plain, self._tolerance, compiled.drift)
+        model.close()
+        assert compiled.rounded is not None
+        load, rows = self._load(compiled.rounded), compiled.targets[self.target]
+        between, whole = RoundedBetween(load, compiled.states[1], rows), verify.SessionModel(load, rows)
+        _, truth = check_drift(between, whole, tolerance, compiled.drift)
+        check_added(found, signals, truth, tolerance)
 
     @property
     def _tolerance(self) -> verify.Tolerance:

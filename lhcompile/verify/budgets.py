@@ -13,6 +13,7 @@ __all__ = [
     "RECOGNIZED",
     "STREAMED",
     "Tolerance",
+    "added_tolerance",
     "codes_tolerance",
     "kept_tolerance",
     "quantized_tolerance",
@@ -98,6 +99,16 @@ def state_tolerance(dtype: str) -> Tolerance:
     bits, share = {"float16": (11, 1e-2), "int8": (8, 0.1)}[dtype]
     reason = f"states are rounded to {bits} bits at every token, which slow poles add up"
     return Tolerance(f"{dtype} states", share, reason, on_average=True)
+
+
+def added_tolerance(signals: float, states: Tolerance) -> Tolerance:
+    """For outputs of rounded signals and states in fewer bits, against those of neither.
+
+    signals: share of the root mean square by which rounded signals alone part from it; states: of those alone
+    """
+    share = 1.1 * math.hypot(signals, states.relative)
+    reason = f"rounded signals alone make it {signals:.2g}, and errors of different origin add in squares, within a tenth"
+    return Tolerance(states.name, share, reason, on_average=True)
 
 
 def quantized_tolerance(target: str, precision: str) -> Tolerance:

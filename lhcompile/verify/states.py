@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lhcompile.artifacts import State
 from lhcompile.verify import Fed, SessionModel, assert_close, cuts_of, describe, said
-from lhcompile.verify.budgets import Tolerance, kept_tolerance
+from lhcompile.verify.budgets import Tolerance, added_tolerance, kept_tolerance
 
-__all__ = ["RoundedBetween", "Stepped", "check_drift", "check_kept"]
+__all__ = ["RoundedBetween", "Stepped", "check_added", "check_drift", "check_kept"]
 
 
 class Stepped(SessionModel):
@@ -78,14 +78,29 @@ def check_kept(model: SessionModel, rounded: SessionModel, states: Sequence[Stat
             assert_close(value, truth, tolerance, f"state {state.name} after feeding {describe(cuts)}")
 
 
-def check_drift(stepped: SessionModel, plain: SessionModel, tolerance: Tolerance, tokens: Tensor) -> None:
+def check_drift(
+    stepped: SessionModel, plain: SessionModel, tolerance: Tolerance, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
     """Raise ParityError when states in fewer bits carry a directory, fed token by token, away from one with float32
-    states that is fed tokens [rows, time] whole. One is open at a time: `stepped`, in the end."""
+    states that is fed tokens [rows, time] whole. One is open at a time: `stepped`, in the end.
+
+    Returns the outputs of both in the later half of the time, where drift would show, [rows, time − time // 2, …].
+    """
+    half = tokens.shape[1] // 2
     stepped.close()
-    expected = plain.feed(tokens, [tokens.shape[1]])
+    expected = plain.feed(tokens, [tokens.shape[1]]).logits[:, half:]
     plain.close()
-    found = stepped.feed(tokens, [1] * tokens.shape[1])
-    half = tokens.shape[1] // 2  # the later half, where drift would show
-    assert_close(
-        found.logits[:, half:], expected.logits[:, half:], tolerance, f"{said(tokens)} after {tokens.shape[1]} steps"
-    )
+    found = stepped.feed(tokens, [1] * tokens.shape[1]).logits[:, half:]
+    assert_close(found, expected, tolerance, f"{said(tokens)} after {tokens.shape[1]} steps")
+    return found, expected
+
+
+def check_added(found: Tensor, signals: Tensor, truth: Tensor, states: Tolerance) -> None:
+    """Raise ParityError when outputs of rounded signals and states in fewer bits are further from the truth than those
+    of the rounded signals alone and what the states may add.
+
+    found, signals, truth: outputs of both, of rounded signals with float32 states, and of neither, alike in shape
+    states: what states in fewer bits may do where signals are not rounded
+    """
+    alone = float((signals - truth).double().square().mean().sqrt() / truth.double().square().mean().sqrt())
+    assert_close(found, truth, added_tolerance(alone, states), "what is said beside signals that are rounded")
