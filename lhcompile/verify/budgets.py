@@ -107,7 +107,7 @@ def added_tolerance(signals: float, states: Tolerance) -> Tolerance:
     signals: share of the root mean square by which rounded signals alone part from it; states: of those alone
     """
     share = 1.1 * math.hypot(signals, states.relative)
-    reason = f"rounded signals alone make it {signals:.2g}, and errors of different origin add in squares, within a tenth"
+    reason = f"rounded signals alone make it {signals:.2g}, and independent errors add in squares, within a tenth"
     return Tolerance(states.name, share, reason, on_average=True)
 
 

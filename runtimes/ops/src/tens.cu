@@ -299,7 +299,7 @@ auto with_rows(const LinearArgs& a, const F& f) {
 // read them again for more rows.
 template <typename W>
 constexpr int kMostAtOnce = W::kCoded ? 64 : 32;
-constexpr int kMostOfFour = 128;
+constexpr int kMostOfFour = 96;
 
 // Whether nothing else is faster. Beyond 16 rows of 16 bits it is where x needs no clusters of eight, beyond 32 of codes
 // in 8 bits where tiles do not occupy the multiprocessors.
