@@ -90,11 +90,10 @@ def cancelled(program: Program) -> Program:
     return Program(graph, program.context, program.states)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp8", "int4"])
-def test_residues_that_cancel(loud: Program, precision: str, tmp_path: Path) -> None:
-    """In float32 they leave 2⁻²⁴ of themselves in what is heard, hundreds of times what the gate allows in fp8; graphs
-    of fp16 and int4 this small agree to the bit."""
-    result = quantize(lower(cancelled(loud), "cuda"), QuantizeConfig(quantize=precision))  # type: ignore[arg-type]
+def test_residues_that_cancel(loud: Program, tmp_path: Path) -> None:
+    """In float32 they leave 2⁻²⁴ of themselves in what is heard, hundreds of times what the gate allows. Of fp8, whose
+    scales come after its products: graphs of fp16 and int4 this small agree to the bit."""
+    result = quantize(lower(cancelled(loud), "cuda"), QuantizeConfig(quantize="fp8"))
     gate(loud, result.lowered, result.rounded, tmp_path)
 
 

@@ -78,7 +78,8 @@ using EightBits = Whole<Code, true>;
 // codes the same one of the first four and of the last four: what the instruction wants of it.
 struct FourBits {
   using Entry = Half;
-  static constexpr int kInputs = 2 * kBoxBytes, kBoxes = 4, kScales = kInputs / 32 * 2, kSlot = kBox + kOutputs * kScales;
+  static constexpr int kInputs = 2 * kBoxBytes, kBoxes = 4, kScales = kInputs / kBlock * 2;
+  static constexpr int kSlot = kBox + kOutputs * kScales;
   static constexpr bool kCoded = false, kHeld = true;
   // Both codes of the byte of `word` that `picked` names, less 8 and scaled. Halves whose bits are 0x6400 + n are
   // 1024 + n, and the second code is left where it is, 16 times as large.

@@ -15,7 +15,7 @@ namespace lhcompile {
 bool eight_serves(int64_t width, int64_t out);
 const char* eight_cuda(const LinearArgs&, void* stream);
 
-// For up to 64 rows: x and weight in 16 bits or codes, y a signal, or codes where it has units.
+// For up to 64 rows of 16 or 8 bits, 96 of 4: x a signal or codes, y a signal, or codes where it has units.
 bool tens_serves(const LinearArgs&);
 const char* tens_cuda(const LinearArgs&, void* stream);
 

@@ -1,4 +1,4 @@
-// The product of some tens of rows. The weight is read once, at the rate of memory.
+// The product of some tens of rows, for all of which the weight is read once; of 4 bits for every 32 of them.
 //
 // A cluster of blocks has tiles of 64 outputs, one after the other, and each of its blocks a part of the inputs, of which
 // all rows of x stay in its shared memory. One thread brings pieces of the weight, 64 outputs of 128 bytes, into a ring:
@@ -230,13 +230,19 @@ __device__ inline void add_up(const LinearArgs& a, const Shared<W, N>& shared, c
 }
 
 template <typename W, typename T, int N>
-__global__ void __launch_bounds__(kThreads) tens(const __grid_constant__ LinearArgs a, const __grid_constant__ Maps maps,
-                                                 const __grid_constant__ Division d) {
+__global__ void __launch_bounds__(kThreads)
+    tens(const __grid_constant__ LinearArgs a, const __grid_constant__ Maps maps, const __grid_constant__ Division d) {
   extern __shared__ char memory[];
   const Shared<W, N> shared(memory, d);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < d.slots; s++) barrier_begin(shared.full + s), barrier_begin(shared.empty + s, W::kHeld ? kGroup / 32 : 1);
-    for (int half = 0; half < 2; half++) barrier_begin(shared.summed + half), barrier_begin(shared.added + half, d.split);
+    for (int s = 0; s < d.slots; s++) {
+      barrier_begin(shared.full + s);
+      barrier_begin(shared.empty + s, W::kHeld ? kGroup / 32 : 1);
+    }
+    for (int half = 0; half < 2; half++) {
+      barrier_begin(shared.summed + half);
+      barrier_begin(shared.added + half, d.split);
+    }
     barriers_begun();
     for (int half = 0; half < 2; half++) copies_expect(shared.summed + half, kOutputs * N * 4);
   }
@@ -295,8 +301,8 @@ auto with_rows(const LinearArgs& a, const F& f) {
   return f(std::integral_constant<int, 32>());
 }
 
-// Rows that are multiplied at once, and in all of 4 bits: cuBLASLt wants those written out, which takes longer than to
-// read them again for more rows.
+// Rows that are multiplied at once, and in all of 4 bits: to read those three times takes less than to write them out
+// for cuBLASLt.
 template <typename W>
 constexpr int kMostAtOnce = W::kCoded ? 64 : 32;
 constexpr int kMostOfFour = 96;
@@ -333,7 +339,8 @@ bool tens_serves(const LinearArgs& a) {
   auto even = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
   if (!has_instructions() || a.out % 4) return false;
   if (!even(a.x) || !even(a.weight) || !even(a.residual) || !even(a.y) || !even(a.weight_scale)) return false;
-  if (a.weight_type == Type::u8) return a.signal == Type::f16 && a.width % FourBits::kInputs == 0 && is_best<FourBits>(a);
+  if (a.weight_type == Type::u8)
+    return a.signal == Type::f16 && a.width % FourBits::kInputs == 0 && is_best<FourBits>(a);
   if (a.weight_type == Type::e4m3) return a.width % 16 == 0 && is_best<EightBits>(a);
   return a.width % 8 == 0 && a.signal != Type::f32 && a.weight_type == a.signal && is_best<Whole<Half>>(a);
 }

@@ -78,15 +78,15 @@ inline Encode encoder() {
 
 inline bool has_instructions() { return !is_withheld && gpu().capability == 90 && encoder(); }
 
-// A matrix whose rows have so many bytes, brought in boxes of `box` rows, those of kBoxBytes swizzled; what lies outside
-// of it is zero.
+// A matrix whose rows have so many bytes, brought in boxes of `box` rows, swizzled where they have kBoxBytes of each;
+// what lies outside of it is zero.
 inline bool map_of(const void* matrix, int64_t rows, int64_t bytes, int box, CUtensorMap* map, int of_row = kBoxBytes) {
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(bytes), static_cast<cuuint64_t>(rows)};
   const cuuint64_t pitch[] = {static_cast<cuuint64_t>(bytes)};
   const cuuint32_t boxes[] = {static_cast<cuuint32_t>(of_row), static_cast<cuuint32_t>(box)}, steps[] = {1, 1};
+  const auto swizzle = of_row == kBoxBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE;
   return encoder()(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix), sizes, pitch, boxes, steps,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE,
-                   of_row == kBoxBytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
