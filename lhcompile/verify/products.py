@@ -6,8 +6,8 @@ by leaving the graph as it is written, signals of fixed scales by taking them fr
 16 bits and of float8 by casting them to float32 instead. Products of bytes cannot be told; they read the tensors that
 the others do.
 
-Mixers have no codes on trial, and their rounding is the larger the more residues cancel the direct term: both graphs
-make theirs in double precision.
+Fused mixers have no codes on trial, and their rounding is the larger the more residues cancel the direct term: both
+graphs make theirs in double precision.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _widen(model: onnx.ModelProto) -> None:
 
 
 def _in_double(function: onnx.FunctionProto) -> None:
-    """What a function computes in float32 in double precision, from and to the types it has; int64 and int32 stay."""
+    """What a function computes in float32 in double precision; what it returns is float32, int64 and int32 stay."""
     nodes = _nodes(function)
     for node in nodes:
         for attribute in node.attribute:

@@ -88,9 +88,9 @@ def check_drift(
     """
     half = tokens.shape[1] // 2
     stepped.close()
-    expected = plain.feed(tokens, [tokens.shape[1]]).logits[:, half:]
+    expected = plain.feed(tokens, [tokens.shape[1]]).logits[:, half:].clone()
     plain.close()
-    found = stepped.feed(tokens, [1] * tokens.shape[1]).logits[:, half:]
+    found = stepped.feed(tokens, [1] * tokens.shape[1]).logits[:, half:].clone()
     assert_close(found, expected, tolerance, f"{said(tokens)} after {tokens.shape[1]} steps")
     return found, expected
 
