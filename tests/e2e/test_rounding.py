@@ -12,7 +12,7 @@ from commands import done, refused, run
 from lhruntime import Session
 
 from lhcompile import verify
-from lhcompile.verify import budgets
+from lhcompile.verify import budgets, states
 
 
 def report_of(directory: Path) -> dict[str, Any]:
@@ -116,6 +116,16 @@ def test_states_that_drift_too_far(
     tight = budgets.Tolerance("tight states", 1e-9, "none is as tight", on_average=True)
     monkeypatch.setattr(verify, "state_tolerance", lambda _: tight)
     refused(run(*options, tmp_path / "out", *asked), r"tight states: logits after \d+ steps differs by", code=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_states_that_add_to_what_signals_do(
+    options: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tight = budgets.Tolerance("tight sum", 1e-9, "none is as tight", on_average=True)
+    monkeypatch.setattr(states, "added_tolerance", lambda _alone, _states: tight)
+    outcome = run(*options, tmp_path / "out", *HALF_STATES_OF_EIGHT_BITS)
+    refused(outcome, r"tight sum: what is said beside signals that are rounded differs by", code=3)
     assert not (tmp_path / "out").exists()
 
 
