@@ -60,15 +60,18 @@ size_t padded(int64_t bytes) { return static_cast<size_t>(bytes + 255) / 256 * 2
 bool is_to_be_coded(const LinearArgs& a) { return a.weight_type == Type::e4m3 && !a.x_unit; }
 
 // In scratch memory: x as it enters the product, the scales of its rows behind it, then the weight, and the product.
+// tens: whether the product is that of products.h for some tens of rows, which reads the weight as it is.
 struct Room {
   size_t x = 0, units = 0, weight = 0, product = 0;
+  bool tens;
   explicit Room(const LinearArgs& a) {
     const bool eight = is_to_be_coded(a);
     if (a.norm != Norm::none || eight) x = padded(a.rows * a.width * (eight ? 1 : size_of(a.signal)));
     if (eight) units = padded(a.rows * 4);
     LinearArgs entering = a;
     if (x) entering.x = nullptr;  // in scratch memory, which is aligned
-    if (a.weight_type == Type::u8 && !tens_serves(entering)) weight = padded(a.out * a.width * size_of(a.signal));
+    tens = tens_serves(entering);
+    if (a.weight_type == Type::u8 && !tens) weight = padded(a.out * a.width * size_of(a.signal));
     if (a.y_unit && !eight_serves(a.width, a.out)) product = padded(a.rows * a.out * size_of(a.signal));
   }
   size_t all() const { return x + units + weight + product; }
@@ -95,7 +98,7 @@ const char* many_rows(const LinearArgs& a, void* scratch, void* stream) {
   }
   LinearArgs entering = a;
   entering.x = x, entering.x_unit = x_unit;
-  if (four ? !room.weight : tens_serves(entering)) return tens_cuda(entering, stream);
+  if (room.tens) return tens_cuda(entering, stream);
   if (a.y_unit && !room.product) return eight_cuda(entering, stream);
   auto* product = static_cast<T*>(room.product ? memory + room.x + room.units + room.weight : a.y);
   Product p{};

@@ -21,21 +21,6 @@ __device__ inline void send(uint32_t to, float x, float y, uint32_t barrier) {
 __device__ inline void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Of what blocks of the cluster do: at a barrier that is there, and until all have.
-__device__ inline void cluster_arrive_at(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ inline void cluster_await_at(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
 
 // How the work is divided: blocks of a cluster, clusters; of a block: pieces of the inputs, slots of its ring.
 struct Division {

@@ -29,9 +29,24 @@ __device__ inline uint32_t there(const void* here, int rank) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(shared_address(here)), "r"(rank));
   return place;
 }
-// At a barrier that is there.
+// At a barrier that is there, where copies and products, which have an order of their own, are all it orders.
 __device__ inline void arrive_at(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// The same where blocks then read or overwrite what others wrote with stores of their own, and until all have arrived.
+__device__ inline void cluster_arrive_at(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void cluster_await_at(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
 }
 // A box of the matrix, from (column, row) on.
 __device__ inline void bring(void* to, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
