@@ -56,6 +56,15 @@ __device__ inline void bring(void* to, const CUtensorMap& map, int column, int r
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
 }
+// The same, which goes out of the cache as the policy says.
+__device__ inline void bring(void* to, const CUtensorMap& map, int column, int row, uint64_t* barrier,
+                             uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
 // Of a box's rows in shared memory, as `bring` swizzles them.
 __device__ inline uint64_t described(const void* rows) {
   constexpr uint64_t kSwizzle128 = 1, kEightRows = 1024 / 16;
