@@ -52,6 +52,9 @@ _LinearArgs = _structure(
     (_int, "bytes"),
     (_address, "x_unit reach y_unit"),
 )
+_EmbeddingArgs = _structure(
+    "EmbeddingArgs", (_long, "rows width entries"), (_int, "table_type"), (_address, "table scale tokens x")
+)
 _SampleArgs = _structure(
     "SampleArgs",
     (_long, "batch vocab"),
@@ -69,7 +72,7 @@ class Kernels:
 
     def __init__(self, library: Path = LIBRARY) -> None:
         self._library = ctypes.CDLL(str(library))
-        for name in ("mixer", "linear", "sample"):
+        for name in ("mixer", "linear", "embedding", "sample"):
             getattr(self._library, f"lhcompile_{name}").restype = ctypes.c_char_p
         for name in ("mixer", "linear"):
             getattr(self._library, f"lhcompile_{name}_scratch").restype = ctypes.c_size_t
@@ -165,6 +168,18 @@ class Kernels:
             yield
         finally:
             self._library.lhcompile_withhold(0)
+
+    def embedding(self, inputs: tuple[Tensor | None, ...]) -> tuple[list[Tensor], Call]:
+        """inputs as those of Embedding, or of EmbeddingInt4"""
+        table, tokens = (_there(inputs[i]) for i in (0, 1))
+        scale = inputs[2] if len(inputs) > 2 else None
+        width, dtype = (table.shape[1], table.dtype) if scale is None else (32 * table.shape[1], torch.float16)
+        x = _poisoned(torch.empty(*tokens.shape, width, dtype=dtype, device=table.device))
+        args = _EmbeddingArgs(
+            *(tokens.numel(), width, len(table), _TYPES[table.dtype]),
+            *(_pointer(each) for each in (table, scale, tokens, x)),
+        )
+        return [x], self._call("embedding", args, (inputs, x), scratch=False)
 
     def sample(self, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], Call]:
         logits, uniform, temperature, top_k, top_p = inputs

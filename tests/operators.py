@@ -18,10 +18,17 @@ from torch import Tensor
 from lhcompile.artifacts import LARGEST_HALF
 from lhcompile.lower.body import DOMAIN, OPSET, VERSION
 from lhcompile.lower.functions import call, mixer_function, sample_function
-from lhcompile.lower.projections import Activation, Norm, Projection, linear_function, mlp_function
+from lhcompile.lower.projections import (
+    Activation,
+    Norm,
+    Projection,
+    embedding_function,
+    linear_function,
+    mlp_function,
+)
 from lhcompile.ssm import swap
 
-__all__ = ["FORMS", "LOUD", "Call", "Linear", "Mixer", "Mlp", "Sample", "error", "kept_error", "run"]
+__all__ = ["FORMS", "LOUD", "Call", "Embedding", "Linear", "Mixer", "Mlp", "Sample", "error", "kept_error", "run"]
 
 Type = ir.DataType
 TORCH = {
@@ -56,12 +63,10 @@ class Call:
         for place, tensor in enumerate(self.inputs):
             given.append(None if tensor is None else self._value(place, tensor))
         node = call(self.function, given)
-        ranks = {
-            "HyenaMixer": [3, 3, 0 if self.inputs[2] is None else self.inputs[2].ndim],
-            "HyenaStep": [3, 0 if self.inputs[1] is None else self.inputs[1].ndim],
-            "Sample": [2],
-        }
-        for index, (value, rank) in enumerate(zip(node.outputs, ranks.get(node.op_type, [3]), strict=True)):
+        state = {"HyenaMixer": self.inputs[2:3], "HyenaStep": self.inputs[1:2]}.get(node.op_type, ())
+        ranks = [2] if node.op_type == "Sample" else [3] * len(node.outputs)
+        ranks[-1:] = [0 if each is None else each.ndim for each in state] or ranks[-1:]
+        for index, (value, rank) in enumerate(zip(node.outputs, ranks, strict=True)):
             value.name, value.shape = f"output{index}", ir.Shape([None] * rank)
         graph = ir.Graph(
             [value for place in self.fed if (value := given[place]) is not None],
@@ -426,6 +431,42 @@ FORMS = {
     "everything": Linear(norm="layer", norm_bias=True, activation="gelu", residual=True),
 }
 """Linears of every form, small."""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Random tokens, every fourth counted from the end of the table, which has its first and last entry looked up."""
+
+    batch: int = 5
+    time: int = 3
+    entries: int = 50
+    width: int = 64
+    signal: Type = Type.FLOAT
+    int4: bool = False
+    seed: int = 0
+
+    def call(self) -> Call:
+        generator = np.random.default_rng(self.seed)
+        tokens = generator.integers(self.entries, size=(self.batch, self.time))
+        tokens.ravel()[:2] = (0, self.entries - 1)[: tokens.size]
+        tokens.ravel()[3::4] -= self.entries
+        if self.int4:
+            codes = generator.integers(256, size=(self.entries, self.width // 32, 16), dtype=np.uint8)
+            scales = generator.standard_normal((self.entries, self.width // 32)).astype(np.float16)
+            inputs = tuple(torch.from_numpy(x) for x in (codes, tokens, scales))
+        else:
+            table = torch.from_numpy(generator.standard_normal((self.entries, self.width))).to(TORCH[self.signal])
+            inputs = (table, torch.from_numpy(tokens))
+        return Call(embedding_function(signal=self.signal, int4=self.int4), inputs, fed=(1,))
+
+    def expected(self) -> Tensor:
+        """Exact."""
+        table, tokens, *scales = (x for x in self.call().inputs if x is not None)
+        rows = table[tokens.flatten() % self.entries]
+        if self.int4:
+            codes = torch.stack([rows & 15, rows >> 4], -1).flatten(2).double() - 8
+            rows = (codes * scales[0][tokens.flatten() % self.entries, :, None].double()).flatten(1).half()
+        return rows.reshape(self.batch, self.time, self.width)
 
 
 @dataclass(frozen=True)

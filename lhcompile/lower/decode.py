@@ -3,7 +3,8 @@
     step     input_ids, states → logits [batch, 1, vocab], states'
     decode   input_ids, states, uniform, temperature, top_k, top_p → tokens int64 [batch, 1], states'
 
-The last four are [batch], one setting a row; `lower.functions.sample_function` says what they mean.
+The last four are [batch], one setting a row; `lower.functions.sample_function` says what they mean. The first operator
+is `Embedding`, which onnxruntime's Gather is several times as slow as.
 
 The past of a short convolution is a window over the last tokens of a projection. In the step it is one state, of which
 every call copies all but the oldest token. Here each token of it is a tensor of its own, and the newest is what the
@@ -22,7 +23,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from lhcompile.artifacts import Past
-from lhcompile.lower.body import DOMAIN
+from lhcompile.lower.body import DOMAIN, SHORT
 
 __all__ = ["SETTINGS", "TOKENS", "decoding"]
 
@@ -59,6 +60,7 @@ def decoding(step: ir.Model, prefill: ir.Model) -> tuple[ir.Model, dict[str, Pas
     graph.append(sample)
     graph.outputs[0] = tokens
     graph.name = "decode"
+    _look_up(graph)
     model.opset_imports[DOMAIN] = 1
     past = {}
     filled = {name: signal for name, (_, signal) in _windows(prefill.graph).items()}
@@ -67,6 +69,20 @@ def decoding(step: ir.Model, prefill: ir.Model) -> tuple[ir.Model, dict[str, Pas
             past[name] = _take_apart(graph, mixer)
     common.RemoveUnusedNodesPass()(model)
     return model, past
+
+
+def _look_up(graph: ir.Graph) -> None:
+    """Entries of a table that the graph's tokens are gathered from are looked up by Embedding."""
+    for node in list(graph):
+        if node.op_type != "Gather" or node.domain or node.attributes.get_int("axis", 0) != 0:
+            continue
+        (table, tokens), (entries,) = node.inputs, node.outputs
+        if tokens is not graph.inputs[0] or table is None or not table.is_initializer() or table.dtype not in SHORT:
+            continue
+        assert table.shape is not None
+        if len(table.shape) == 2:
+            look_up = ir.node("Embedding", [table, tokens], domain=DOMAIN)
+            ir.convenience.replace_nodes_and_values(graph, node, [node], [look_up], [entries], look_up.outputs)
 
 
 def _windows(graph: ir.Graph) -> dict[str, tuple[ir.Node, ir.DataType]]:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from lhcompile.lower.body import DOMAIN, VERSION
 from lhcompile.lower.functions import mixer_function, sample_function
-from lhcompile.lower.projections import linear_function, mlp_function
+from lhcompile.lower.projections import embedding_function, linear_function, mlp_function
 
 __all__ = ["with_functions"]
 
@@ -105,11 +105,18 @@ def _block_product(node: ir.Node) -> tuple[int, int] | None:
     return _size(node.inputs[1], 0), _size(node.inputs[0], -1)
 
 
+def _embedding(node: ir.Node, target: str) -> ir.Function:
+    int4 = node.op_type == "EmbeddingInt4"
+    return embedding_function(int4=int4) if int4 else embedding_function(signal=_type(node.inputs[0]))
+
+
 def _sample(node: ir.Node, target: str) -> ir.Function:
     return sample_function(signal=_type(node.inputs[0]))
 
 
 _FORMS: dict[str, Callable[[ir.Node, str], ir.Function]] = {
+    "Embedding": _embedding,
+    "EmbeddingInt4": _embedding,
     "HyenaMixer": _mixer,
     "HyenaStep": _mixer,
     "Linear": _linear,

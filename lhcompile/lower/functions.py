@@ -1,6 +1,6 @@
 """The project's fused operators as ONNX functions: what each of them computes, in standard operators.
 
-A graph names the operators `HyenaMixer`, `HyenaStep` and `Sample` of domain "lhcompile", and the projections of
+A graph names the operators `HyenaMixer`, `HyenaStep` and `Sample` of domain "lhcompile", and those of
 `lower.projections`, and carries their functions.
 Where the library of runtimes/ops is registered, its kernels are taken; anywhere else the runtime inlines the function.
 So a function is the operator's specification, its fallback, and what the kernels are tested against.

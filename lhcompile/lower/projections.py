@@ -1,4 +1,5 @@
-"""Projections with their neighbours as ONNX functions: `Linear` in several types of weights, and `MlpFp8` of two.
+"""Projections with their neighbours as ONNX functions: `Linear` in several types of weights, `MlpFp8` of two, and
+`Embedding`, of which one that is tied to the head shares its weight.
 
 What functions are here, see `lower.functions`.
 """
@@ -11,7 +12,7 @@ import onnx_ir as ir
 
 from lhcompile.lower.body import FLOAT, SHORT, Body, Type, flags
 
-__all__ = ["Activation", "Norm", "Projection", "linear_function", "mlp_function"]
+__all__ = ["Activation", "Norm", "Projection", "embedding_function", "linear_function", "mlp_function"]
 
 Norm = Literal["none", "layer", "rms"]
 Activation = Literal["none", "gelu", "gelu_tanh"]
@@ -153,6 +154,29 @@ def mlp_function(
     form += (f"_{epsilon:g}" if norm != "none" else "") + flags(step=one_token)
     attributes: dict[str, int | float | str] = {"norm": norm, "activation": activation, "epsilon": epsilon}
     return body.function("MlpFp8", form, inputs, [body.back(y, signal)], **attributes)
+
+
+def embedding_function(*, signal: Type = FLOAT, int4: bool = False) -> ir.Function:
+    """Embedding: the rows of a table that tokens stand for.
+
+    Inputs: table [entries, D]; tokens int64 [batch, time], from −entries on, negative ones counted from the end.
+    Output: x [batch, time, D] of the table's type.
+
+    EmbeddingInt4 has a table as LinearInt4 has its weight, uint8 [entries, D / 32, 16], and behind the tokens scale
+    float16 [entries, D / 32]: its entries are (code − 8) ∘ scale, rounded to float16.
+    """
+    table, tokens, scale = (ir.Value(name=name) for name in ("table", "tokens", "scale"))
+    body = Body()
+    if not int4:
+        x = body.op("Gather", table, tokens, axis=0)
+        x.type = ir.TensorType(signal)
+        return body.function("Embedding", SHORT[signal], [table, tokens], [x])
+    flat = body.op("Reshape", tokens, body.ints(-1))
+    codes, units = (body.op("Gather", each, flat, axis=0) for each in (table, scale))
+    shape = body.op("Concat", body.op("Shape", tokens), body.ints(-1), axis=0)
+    x = body.op("Reshape", _weight_int4(body, codes, units, Type.FLOAT16), shape)
+    x.type = ir.TensorType(Type.FLOAT16)
+    return body.function("EmbeddingInt4", SHORT[Type.FLOAT16], [table, tokens, scale], [x])
 
 
 def _in_time(body: Body, y: ir.Value, like: ir.Value, one_token: bool) -> ir.Value:

@@ -195,15 +195,12 @@ def _look_up(bits: int, writer: Writer, use: Use, stored: Stored) -> None:
     writer.become(entries)
 
 
-def look_up_nibbles(
-    writer: Writer, codes: ir.Value, scales: ir.Value, shape: Sequence[int], kind: Any = np.float32
-) -> ir.Value:
+def look_up_nibbles(writer: Writer, codes: ir.Value, scales: ir.Value, shape: Sequence[int]) -> ir.Value:
     """Entries [batch, time, blocks · 2 · half] of a table of bytes, whose shape is [entries, blocks, half], from what
-    was gathered of it: codes [batch, time, blocks, half] and scales [batch, time, blocks, 1]; kind: numpy's type of
-    scales and entries"""
+    was gathered of it: codes [batch, time, blocks, half] and scales [batch, time, blocks, 1]"""
     _, blocks, half = shape
     every = np.arange(256)
-    table = writer.tensor("nibbles", ir.tensor(np.stack([every & 15, every >> 4], 1).astype(kind) - kind(8)))
+    table = writer.tensor("nibbles", ir.tensor(np.stack([every & 15, every >> 4], 1).astype(np.float32) - 8))
     codes = writer.op("Gather", table, writer.op("Cast", codes, to=ir.DataType.INT32.value), axis=0)
     codes = writer.op("Reshape", codes, writer.ints(0, 0, blocks, 2 * half))
     return writer.op("Reshape", writer.op("Mul", codes, scales), writer.ints(0, 0, blocks * 2 * half))

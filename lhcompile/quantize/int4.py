@@ -5,7 +5,6 @@ An embedding of such a width is stored in the same way, so one that is tied to t
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from lhcompile.errors import LowerError
 from lhcompile.quantize.blocks import BLOCK, fused_weight, integer_table, look_up_nibbles
 from lhcompile.quantize.rounding import nibbles, round_rows
 from lhcompile.quantize.stored import Form, Stored
-from lhcompile.quantize.weights import Use
+from lhcompile.quantize.weights import DOMAIN, Use
 from lhcompile.quantize.writer import Writer
 
 __all__ = ["int4_products", "int4_table", "whole_blocks"]
@@ -53,7 +52,7 @@ def int4_products() -> Form:
 def int4_table(halves: bool) -> Form:
     """What LinearInt4 reads, looked up; a table of another width is `integer_table`.
 
-    halves: whether entries are numbers of float16, as signals are; otherwise they are not rounded
+    halves: whether entries are numbers of float16, as signals are, by EmbeddingInt4; otherwise they are not rounded
     """
     other = integer_table(4)
 
@@ -61,7 +60,8 @@ def int4_table(halves: bool) -> Form:
         return _store(use) if whole_blocks(use) else other.store(use)
 
     def write(writer: Writer, use: Use, stored: Stored) -> None:
-        (partial(_look_up, halves) if whole_blocks(use) else other.step)(writer, use, stored)
+        write_whole = _embed if halves else _look_up
+        (write_whole if whole_blocks(use) else other.step)(writer, use, stored)
 
     return Form(store, write, write)
 
@@ -79,16 +79,16 @@ def _store(use: Use) -> Stored:
     return Stored({"codes4": ir.tensor(packed), "half_scales": ir.tensor(codes.scales)}, codes.values)
 
 
-def _look_up(halves: bool, writer: Writer, use: Use, stored: Stored) -> None:
+def _embed(writer: Writer, use: Use, stored: Stored) -> None:
+    codes, scales = (writer.tensor(*item) for item in stored.tensors.items())
+    entries = writer.op("EmbeddingInt4", codes, writer.signal, scales, domain=DOMAIN)
+    entries.shape, entries.type = use.node.outputs[0].shape, ir.TensorType(ir.DataType.FLOAT16)
+    writer.become(writer.op("Cast", entries, to=ir.DataType.FLOAT.value))
+
+
+def _look_up(writer: Writer, use: Use, stored: Stored) -> None:
     codes, scales = (
         writer.op("Gather", writer.tensor(*item), writer.signal, axis=0) for item in stored.tensors.items()
     )
-    if not halves:
-        scales = writer.op("Cast", scales, to=ir.DataType.FLOAT.value)
-    scales = writer.op("Unsqueeze", scales, writer.ints(-1))
-    shape, kind = stored.tensors["codes4"].shape.numpy(), np.float16 if halves else np.float32
-    entries = look_up_nibbles(writer, codes, scales, shape, kind)
-    if halves:
-        entries.shape, entries.type = use.node.outputs[0].shape, ir.TensorType(ir.DataType.FLOAT16)
-        entries = writer.op("Cast", entries, to=ir.DataType.FLOAT.value)
-    writer.become(entries)
+    scales = writer.op("Unsqueeze", writer.op("Cast", scales, to=ir.DataType.FLOAT.value), writer.ints(-1))
+    writer.become(look_up_nibbles(writer, codes, scales, stored.tensors["codes4"].shape.numpy()))

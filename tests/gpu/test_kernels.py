@@ -1,4 +1,4 @@
-"""HyenaMixer, HyenaStep, Sample and graphs of all on a GPU against double precision, called without onnxruntime.
+"""All fused operators but projections, and graphs of all, on a GPU against double precision, without onnxruntime.
 
 Not run in CI, which has no GPU: `python -m pytest tests/gpu` on a machine that has one, after `make ops`.
 """
@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from launched import BRAIN, BUDGET, FLOAT, HALF, computed, placed
-from operators import LOUD, Linear, Mixer, Mlp, Sample, error, kept_error
+from operators import LOUD, Embedding, Linear, Mixer, Mlp, Sample, error, kept_error
 from torch import Tensor
 
 from bench.kernels import Kernels
@@ -124,6 +124,27 @@ def test_rows_of_a_thread_follow_one_another(
     y, state = computed(*kernels.step(placed(call), mixer.block, mixer.outer))
     assert torch.equal(y, given[0])
     assert torch.equal(state, given[2])
+
+
+@pytest.mark.parametrize(
+    "embedding",
+    [
+        *(Embedding(700, 2, width=each, signal=kind) for each in (8, 96, 2056, 2057) for kind in (FLOAT, HALF, BRAIN)),
+        *(Embedding(700, 2, width=width, int4=True) for width in (32, 96, 8224)),
+        Embedding(batch=1, time=1, width=2048, signal=HALF),
+    ],
+)
+def test_embedding(kernels: Kernels, embedding: Embedding) -> None:
+    """And zeros for a token that is not in the table."""
+    call, wanted = embedding.call(), embedding.expected()
+    (given,) = computed(*kernels.embedding(placed(call)))
+    assert torch.equal(given, wanted)
+    tokens = call.inputs[1]
+    assert tokens is not None
+    for row, token in ((0, embedding.entries), (-1, -embedding.entries - 1)):
+        tokens[row, 0], wanted[row, 0] = token, 0
+        (given,) = computed(*kernels.embedding(placed(call)))
+        assert torch.equal(given, wanted)
 
 
 @pytest.mark.parametrize("signal", [FLOAT, HALF, BRAIN])

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from operators import FORMS, LOUD, Call, Linear, Mixer, Mlp, Sample, error, kept_error, run
+from operators import FORMS, LOUD, Call, Embedding, Linear, Mixer, Mlp, Sample, error, kept_error, run
 
 from lhcompile.artifacts import LARGEST_HALF
 from lhcompile.lower.projections import Activation
@@ -285,6 +285,30 @@ def test_a_signal_of_eight_bits_that_is_not_finite(library: Path, number: float)
         assert torch.isfinite(y[0]).all() & torch.isfinite(y[1, :2]).all()
 
 
+@pytest.mark.parametrize(
+    "embedding",
+    [
+        *(Embedding(width=width, signal=signal) for width in (64, 5) for signal in (FLOAT, HALF, BRAIN)),
+        *(Embedding(batch, time, width=96, int4=True) for batch, time in ((5, 3), (1, 1))),
+        Embedding(batch=1, time=1, entries=1, width=1),
+    ],
+)
+def test_embedding(library: Path, embedding: Embedding) -> None:
+    (given,), (function,) = run(embedding.call(), library), run(embedding.call())
+    assert torch.equal(given, embedding.expected())
+    assert torch.equal(given, function)
+
+
+@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("token", [50, -51])
+def test_a_token_that_is_not_in_the_table(library: Path, token: int, int4: bool) -> None:
+    call = Embedding(int4=int4).call()
+    tokens = call.inputs[1]
+    assert tokens is not None
+    tokens[1, 2] = token
+    assert f"token {token} of a table of 50" in message(call, library)
+
+
 @pytest.mark.parametrize("sample", [Sample(), Sample(step=0.5), Sample(vocab=5000, step=0.25), Sample(vocab=1)])
 @pytest.mark.parametrize("signal", [FLOAT, HALF, BRAIN])
 def test_sample(library: Path, sample: Sample, signal: ir.DataType) -> None:
@@ -360,11 +384,15 @@ def test_every_input_is_heard(library: Path) -> None:
             assert max(error(x, y) for x, y in zip(after, before, strict=True)) > 10 * BUDGET[FLOAT], place
 
 
-ONE_EACH = [Mixer(), Mixer(one_token=True, apart=True), Linear(), Linear(width=64, name="LinearInt4"), Sample()]
+Case = Mixer | Linear | Sample | Embedding
+ONE_EACH: list[Case] = [
+    *(Mixer(), Mixer(one_token=True, apart=True), Linear(), Linear(width=64, name="LinearInt4"), Sample()),
+    *(Embedding(), Embedding(int4=True)),
+]
 
 
 @pytest.mark.parametrize("case", ONE_EACH)
-def test_the_kernel_is_taken_and_not_the_function(library: Path, tmp_path: Path, case: Mixer | Linear | Sample) -> None:
+def test_the_kernel_is_taken_and_not_the_function(library: Path, tmp_path: Path, case: Case) -> None:
     def kinds_with(path: Path | None) -> set[str]:
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -401,10 +429,18 @@ def test_wrong_shapes_are_refused(library: Path) -> None:
     ):
         inputs = (*call.inputs[:place], wrong, *call.inputs[place + 1 :])
         assert wanted in message(replace(call, inputs=inputs), library)
+    call = Embedding(int4=True).call()
+    for place, wrong, wanted in (
+        (0, torch.zeros(50, 2, 8, dtype=torch.uint8), "the table of an Embedding is [50, 2, 8]"),
+        (2, torch.zeros(50, 1, dtype=torch.float16), "scale is [50, 1], expected [50, 2]"),
+    ):
+        inputs = (*call.inputs[:place], wrong, *call.inputs[place + 1 :])
+        assert wanted in message(replace(call, inputs=inputs), library)
 
 
 def test_empty_batches(library: Path) -> None:
-    for case in (Mixer(batch=0, one_token=True), Linear(batch=0), Sample(batch=0)):
+    embeddings = Embedding(batch=0), Embedding(batch=0, int4=True)
+    for case in (Mixer(batch=0, one_token=True), Linear(batch=0), Sample(batch=0), *embeddings):
         if isinstance(case, Sample):
             call = Sample().call()
             call = replace(call, inputs=tuple(x[:0] for x in call.inputs if x is not None))

@@ -66,6 +66,16 @@ struct LinearArgs {
   float* y_unit;
 };
 
+// Rows of a table: x [rows, width] = table[tokens], of the table's type; of float16 where the table is u8, codes of 4 bits
+// [entries, width / 32, 16] with scales [entries, width / 32]. Tokens count from the end where they are negative.
+struct EmbeddingArgs {
+  int64_t rows, width, entries;
+  Type table_type;
+  const void *table, *scale;
+  const int64_t* tokens;
+  void* x;
+};
+
 struct SampleArgs {
   int64_t batch, vocab;
   Type signal;

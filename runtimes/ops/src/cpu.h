@@ -12,6 +12,7 @@ struct CpuKernels {
   int64_t (*linear_scratch)(const LinearArgs&);  // bytes, filled by linear_prepare
   void (*linear_prepare)(const LinearArgs&, void* scratch, int64_t first_row, int64_t last_row);
   void (*linear)(const LinearArgs&, const void* scratch, int64_t first, int64_t last);
+  void (*embedding)(const EmbeddingArgs&, int64_t first, int64_t last);
   void (*sample)(const SampleArgs&, int64_t first, int64_t last);
 };
 

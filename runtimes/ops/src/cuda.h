@@ -14,6 +14,7 @@ size_t linear_scratch(const LinearArgs&);
 
 const char* mixer_cuda(const MixerArgs&, void* scratch, void* stream);
 const char* linear_cuda(const LinearArgs&, void* scratch, void* stream);
+const char* embedding_cuda(const EmbeddingArgs&, void* stream);
 const char* sample_cuda(const SampleArgs&, void* stream);
 
 }  // namespace lhcompile

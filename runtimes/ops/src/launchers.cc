@@ -13,6 +13,9 @@ EXPORTED const char* lhcompile_linear(const lhcompile::LinearArgs* args, void* s
 }
 EXPORTED size_t lhcompile_linear_scratch(const lhcompile::LinearArgs* args) { return lhcompile::linear_scratch(*args); }
 EXPORTED void lhcompile_withhold(int withheld) { lhcompile::is_withheld = withheld != 0; }
+EXPORTED const char* lhcompile_embedding(const lhcompile::EmbeddingArgs* args, void* stream) {
+  return lhcompile::embedding_cuda(*args, stream);
+}
 EXPORTED const char* lhcompile_sample(const lhcompile::SampleArgs* args, void* stream) {
   return lhcompile::sample_cuda(*args, stream);
 }

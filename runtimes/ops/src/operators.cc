@@ -248,6 +248,44 @@ struct MlpKernel {
   Settings settings;
 };
 
+// ---- Embedding ------------------------------------------------------------------------------------------------------
+
+struct EmbeddingKernel {
+  EmbeddingKernel(const OrtKernelInfo* given, Device on) : device(on), constants(given) {}
+
+  void Compute(OrtKernelContext* given) {
+    Ort::KernelContext context(given);
+    const Inputs inputs(context, constants);
+    const Input table = inputs[0], tokens = inputs[1];
+    const bool codes = table.type == Type::u8;
+    require(table.shape.size() == (codes ? 3 : 2) && (!codes || table.shape[2] == kBlock / 2),
+            [&] { return "the table of an Embedding is " + text(table.shape); });
+    EmbeddingArgs args{};
+    args.entries = table.shape[0], args.width = table.shape[1] * (codes ? kBlock : 1);
+    args.table_type = table.type, args.table = table.data;
+    if (codes) args.scale = inputs.data(2, "scale", {args.entries, table.shape[1]});
+    args.tokens = static_cast<const int64_t*>(tokens.data);
+    Shape shape = tokens.shape;
+    shape.push_back(args.width);
+    args.x = context.GetOutput(0, shape).GetTensorMutableRawData();
+    args.rows = 1;
+    for (int64_t size : tokens.shape) args.rows *= size;
+    if (args.rows * args.width == 0) return;
+#ifdef LHCOMPILE_CUDA
+    if (device == Device::cuda) return require_done(embedding_cuda(args, context.GetGPUComputeStream()));
+#endif
+    for (int64_t row = 0; row < args.rows; row++)
+      require(args.tokens[row] >= -args.entries && args.tokens[row] < args.entries, [&] {
+        return "token " + std::to_string(args.tokens[row]) + " of a table of " + std::to_string(args.entries);
+      });
+    const CpuKernels& kernels = cpu_kernels();
+    parallel(context, args.rows, [&](int64_t i) { kernels.embedding(args, i, i + 1); });
+  }
+
+  Device device;
+  Constants constants;
+};
+
 // ---- Sample ---------------------------------------------------------------------------------------------------------
 
 struct SampleKernel {
@@ -322,6 +360,7 @@ struct Registry {
   std::deque<Operator<MixerKernel<false>>> mixers;
   std::deque<Operator<MixerKernel<true>>> steps;
   std::deque<Operator<LinearKernel>> linears;
+  std::deque<Operator<EmbeddingKernel>> embeddings;
   std::deque<Operator<SampleKernel>> samples;
   std::deque<Operator<MlpKernel>> mlps;
 
@@ -334,6 +373,7 @@ struct Registry {
     for (auto& each : mixers) domain.Add(&each);
     for (auto& each : steps) domain.Add(&each);
     for (auto& each : linears) domain.Add(&each);
+    for (auto& each : embeddings) domain.Add(&each);
     for (auto& each : samples) domain.Add(&each);
   }
 
@@ -362,9 +402,13 @@ struct Registry {
                            0b0011010111, std::vector<Type>{signal, state}, true);
       add_linears(device, signal, signal);
       if (signal != f) add_linears(device, signal, f);
+      embeddings.emplace_back("Embedding", device, std::vector<Type>{signal, Type::i64}, 0b11,
+                              std::vector<Type>{signal});
       samples.emplace_back("Sample", device, std::vector<Type>{signal, f, f, Type::i64, f}, 0b11111,
                            std::vector<Type>{Type::i64});
     }
+    embeddings.emplace_back("EmbeddingInt4", device, std::vector<Type>{Type::u8, Type::i64, Type::f16}, 0b111,
+                            std::vector<Type>{Type::f16});
   }
 };
 

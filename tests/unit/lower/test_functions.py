@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from operators import FORMS, Linear, Mixer, Sample, error, run
+from operators import FORMS, Embedding, Linear, Mixer, Sample, error, run
 
 from lhcompile.lower.functions import mixer_function
 
@@ -73,6 +73,12 @@ def test_the_fallback_of_four_bits_on_a_processor(name: str, one_token: bool) ->
     assert ROUNDED[FLOAT] < error(given, wanted) < 1e-2
 
 
+@pytest.mark.parametrize("embedding", [Embedding(), Embedding(signal=HALF, width=5), Embedding(int4=True, width=96)])
+def test_embedding(embedding: Embedding) -> None:
+    (given,) = run(embedding.call())
+    assert torch.equal(given, embedding.expected())
+
+
 @pytest.mark.parametrize("step", [0.0, 0.5])
 @pytest.mark.parametrize("signal", [FLOAT, HALF])
 def test_sample(step: float, signal: ir.DataType) -> None:
@@ -97,7 +103,8 @@ def test_a_uniform_number_at_the_edge_of_a_token_takes_the_next() -> None:
 
 
 def test_models_with_functions_are_valid() -> None:
-    for case in (Mixer(packed=True, time=2), Linear(norm="rms"), Linear(width=64, name="LinearInt4"), Sample()):
+    cases = Mixer(packed=True, time=2), Linear(norm="rms"), Linear(width=64, name="LinearInt4"), Sample()
+    for case in (*cases, Embedding(), Embedding(int4=True)):
         onnx.checker.check_model(onnx.load_model_from_string(case.call().model()), full_check=True)
 
 
