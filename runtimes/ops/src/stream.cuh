@@ -20,16 +20,10 @@ __device__ inline void copies_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-// How weights go out of the cache that all multiprocessors share: before what a step reads again, which of few rows is
-// small, or as everything does.
+// What is copied so goes out of the cache that all multiprocessors share before what a step reads again.
 __device__ inline uint64_t first_out() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ inline uint64_t in_turn() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 __device__ inline void copy_begin(void* to, const void* from, int bytes, uint64_t* barrier) {

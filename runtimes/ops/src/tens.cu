@@ -87,18 +87,23 @@ struct Bringer {
   const Shared<W, N>& shared;
   const Part& part;
   Turn turn;
-  uint64_t policy;
-  __device__ Bringer(int64_t rows, const Maps& maps_, const Shared<W, N>& shared_, const Part& part_, const Division& d)
-      : maps(maps_), shared(shared_), part(part_), turn(part_, d.slots),
-        policy(rows <= kMostRows ? first_out() : in_turn()) {}
+  __device__ Bringer(const Maps& maps_, const Shared<W, N>& shared_, const Part& part_, const Division& d)
+      : maps(maps_), shared(shared_), part(part_), turn(part_, d.slots) {}
   __device__ bool is_first() const { return turn.tile == part.tile; }
   __device__ void weight() const {
     uint64_t* full = shared.full + turn.slot;
     char* slot = shared.ring + turn.slot * W::kSlot;
     copies_expect(full, W::kSlot + (is_first() ? shared.kX : 0));
     const int piece = part.first + turn.piece, output = turn.tile * kOutputs;
-    bring(slot, maps.weight, piece * kBoxBytes, output, full, policy);
-    if (W::kScales) bring(slot + kBox, maps.scales, piece * W::kScales, output, full, policy);
+    once(slot, maps.weight, piece * kBoxBytes, output, full);
+    if (W::kScales) once(slot + kBox, maps.scales, piece * W::kScales, output, full);
+  }
+  // Beside up to 16 rows, weights go out of the cache first; beside more, that has cost a percent.
+  __device__ static void once(void* to, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
+    if constexpr (N == 16)
+      bring(to, map, column, row, barrier, first_out());
+    else
+      bring(to, map, column, row, barrier);
   }
   __device__ void x(int piece, int slot) const {
 #pragma unroll
@@ -238,7 +243,7 @@ __global__ void __launch_bounds__(kThreads)
   cluster_arrive();
   const Part part(a, pieces_of<W>(a), d);
   const bool brings = threadIdx.x == 2 * kGroup;
-  Bringer<W, N> bringer(a.rows, maps, shared, part, d);
+  Bringer<W, N> bringer(maps, shared, part, d);
   if (brings) bringer.begin();
   __syncwarp();
   cluster_await();  // the barriers of all blocks have begun
