@@ -42,9 +42,10 @@ import numpy as np
 import onnxruntime
 import torch
 
-from bench.decode_model import SHAPES, Shape, build, checkpoint, first_tokens, read_bytes, tiny
+from bench.decode_model import SHAPES, Shape, build, checkpoint, first_tokens, tiny
 from bench.decode_timing import Rates, captured, clear, is_full, measure_rates, seconds, used
 from bench.decode_torch import Attention, Convolution, Decoder, Mixer, Recurrence, Weights
+from bench.graphs import initializer_bytes
 from bench.machine import describe
 
 CONTEXTS = (640, 2048, 8192)
@@ -201,7 +202,7 @@ class Bench:
         )  # fmt: skip
         graph = model.manifest.graphs[model.manifest.target].decode
         assert graph is not None
-        read, speed = read_bytes(directory / graph.file), SPEED.get(precision.partition(":")[0], 1.0)
+        (read, _), speed = initializer_bytes(directory / graph.file), SPEED.get(precision.partition(":")[0], 1.0)
         print(f"  ours {precision}", flush=True)
 
         def measure(batch: int) -> Row:

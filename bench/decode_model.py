@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SHAPES", "TINY", "Shape", "build", "checkpoint", "first_tokens", "read_bytes", "tiny"]
+__all__ = ["SHAPES", "TINY", "Shape", "build", "checkpoint", "first_tokens", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -120,25 +120,6 @@ def _sources() -> str:
     for file in sorted((Path(__file__).parents[1] / "lhcompile").rglob("*.py")):
         whole.update(file.read_bytes())
     return whole.hexdigest()[:16]
-
-
-def read_bytes(file: Path) -> int:
-    """Bytes of a graph's initializers that a step reads: of tables that tokens are looked up in it reads a row."""
-    import onnx
-
-    graph = onnx.load(file, load_external_data=False).graph
-    reads: dict[str, set[str]] = {}
-    for node in graph.node:
-        for name in node.input:
-            reads.setdefault(name, set()).add(node.op_type)
-    return sum(_bytes(tensor) for tensor in graph.initializer if reads.get(tensor.name) != {"Gather"})
-
-
-def _bytes(tensor: Any) -> int:
-    for entry in tensor.external_data:
-        if entry.key == "length":
-            return int(entry.value)
-    return int(tensor.ByteSize())
 
 
 def tiny(shape: Shape, yes: bool) -> Shape:

@@ -33,6 +33,7 @@ import torch
 import yaml
 from lhruntime import Session
 
+from bench.graphs import initializer_bytes
 from bench.machine import describe, write
 from lhcompile.api import build
 from lhcompile.load import load
@@ -104,7 +105,7 @@ def figures(name: str, quick: bool) -> Row:
                         "precision": precision,
                         "bytes": sum(sizes.values()),
                         "step_bytes": sizes.get("weights.bin", 0) + sizes["step.onnx"],
-                        "embedding_bytes": _embedding_bytes(out),
+                        "embedding_bytes": initializer_bytes(out / "step.onnx")[1],
                         "state_bytes": report.state_bytes,
                         "loss": last.loss,
                         "rise": rise,
@@ -119,26 +120,6 @@ def figures(name: str, quick: bool) -> Row:
     for row in timed:
         row["floor_ms"] = 1e3 * (row["step_bytes"] - row["embedding_bytes"] + 2 * row["state_bytes"]) / bandwidth
     return {"cells": rows, "bandwidth": bandwidth, "torch_prefill": torch_rate}
-
-
-def _embedding_bytes(directory: Path) -> int:
-    """Bytes of what the step graph looks tokens up in, of which it reads an entry."""
-    import onnx
-
-    graph = onnx.load(directory / "step.onnx", load_external_data=False).graph
-    size = {tensor.name: _bytes(tensor) for tensor in graph.initializer}
-    reads: dict[str, set[str]] = {}
-    for node in graph.node:
-        for name in node.input:
-            reads.setdefault(name, set()).add(node.op_type)
-    return sum(count for name, count in size.items() if reads.get(name) == {"Gather"})
-
-
-def _bytes(tensor: Any) -> int:
-    for entry in tensor.external_data:
-        if entry.key == "length":
-            return int(entry.value)
-    return int(tensor.ByteSize())
 
 
 def _time(rows: list[Row], folder: Path, module: torch.nn.Module) -> tuple[float, float]:
