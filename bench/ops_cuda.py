@@ -227,8 +227,25 @@ class _Bench:
                 rows.append(self.row(_timed(call, moved), moved, name=name, batch=batch))
         return rows
 
+    def embeddings(self) -> list[dict[str, Any]]:
+        """Embedding of a table of float16, and EmbeddingInt4."""
+        table = _random(VOCABULARY, WIDTH, dtype=HALF)
+        codes = torch.randint(256, (VOCABULARY, WIDTH // 32, 16), dtype=torch.uint8, device="cuda")
+        scale = _random(VOCABULARY, WIDTH // 32, dtype=HALF)
+        rows = []
+        for bits, read in ((16, 2.0 * WIDTH), (4, 9 / 16 * WIDTH)):
+            for batch in (1, 256, 4096, 16896):
 
-_PARTS = ["steps", "whole_step", "prefills", "linears", "eights", "mlps", "fours", "samples"]
+                def call(batch: int = batch, bits: int = bits) -> Call:
+                    tokens = torch.randint(VOCABULARY, (batch, 1), device="cuda")
+                    return self.kernels.embedding((table, tokens) if bits == 16 else (codes, tokens, scale))[1]
+
+                moved = int(batch * (read + 2 * WIDTH))
+                rows.append(self.row(_timed(call, moved), moved, name="embedding", bits=bits, batch=batch))
+        return rows
+
+
+_PARTS = ["steps", "whole_step", "prefills", "linears", "eights", "mlps", "fours", "samples", "embeddings"]
 _NODES = [
     ("in", WIDTH, 3 * WIDTH, "layer", "none", False),
     ("out", WIDTH, WIDTH, "none", "none", True),

@@ -65,7 +65,8 @@ class Call:
         node = call(self.function, given)
         state = {"HyenaMixer": self.inputs[2:3], "HyenaStep": self.inputs[1:2]}.get(node.op_type, ())
         ranks = [2] if node.op_type == "Sample" else [3] * len(node.outputs)
-        ranks[-1:] = [0 if each is None else each.ndim for each in state] or ranks[-1:]
+        if state and state[0] is not None:
+            ranks[-1] = state[0].ndim
         for index, (value, rank) in enumerate(zip(node.outputs, ranks, strict=True)):
             value.name, value.shape = f"output{index}", ir.Shape([None] * rank)
         graph = ir.Graph(

@@ -106,8 +106,9 @@ def _block_product(node: ir.Node) -> tuple[int, int] | None:
 
 
 def _embedding(node: ir.Node, target: str) -> ir.Function:
-    int4 = node.op_type == "EmbeddingInt4"
-    return embedding_function(int4=int4) if int4 else embedding_function(signal=_type(node.inputs[0]))
+    if node.op_type == "EmbeddingInt4":
+        return embedding_function(int4=True)
+    return embedding_function(signal=_type(node.inputs[0]))
 
 
 def _sample(node: ir.Node, target: str) -> ir.Function:

@@ -1,5 +1,5 @@
-"""Projections with their neighbours as ONNX functions: `Linear` in several types of weights, `MlpFp8` of two, and
-`Embedding`, of which one that is tied to the head shares its weight.
+"""Projections with their neighbours as ONNX functions: `Linear` in several types of weights, and `MlpFp8` of two; and
+`Embedding`, whose table is the head's weight where they are tied.
 
 What functions are here, see `lower.functions`.
 """
@@ -160,10 +160,11 @@ def embedding_function(*, signal: Type = FLOAT, int4: bool = False) -> ir.Functi
     """Embedding: the rows of a table that tokens stand for.
 
     Inputs: table [entries, D]; tokens int64 [batch, time], from −entries on, negative ones counted from the end.
-    Output: x [batch, time, D] of the table's type.
+    Output: x [batch, time, D] of the table's type. Where a token is not in the table a processor raises an error, and
+    the kernel of a GPU writes zeros.
 
     EmbeddingInt4 has a table as LinearInt4 has its weight, uint8 [entries, D / 32, 16], and behind the tokens scale
-    float16 [entries, D / 32]: its entries are (code − 8) ∘ scale, rounded to float16.
+    float16 [entries, D / 32]: its entries are (code − 8) ∘ scale, rounded to float16, which x is.
     """
     table, tokens, scale = (ir.Value(name=name) for name in ("table", "tokens", "scale"))
     body = Body()
@@ -171,10 +172,14 @@ def embedding_function(*, signal: Type = FLOAT, int4: bool = False) -> ir.Functi
         x = body.op("Gather", table, tokens, axis=0)
         x.type = ir.TensorType(signal)
         return body.function("Embedding", SHORT[signal], [table, tokens], [x])
-    flat = body.op("Reshape", tokens, body.ints(-1))
-    codes, units = (body.op("Gather", each, flat, axis=0) for each in (table, scale))
-    shape = body.op("Concat", body.op("Shape", tokens), body.ints(-1), axis=0)
-    x = body.op("Reshape", _weight_int4(body, codes, units, Type.FLOAT16), shape)
+    codes = body.op("Cast", body.op("Gather", table, tokens, axis=0), to=FLOAT)
+    upper = body.op("Floor", body.op("Mul", codes, body.scalar(1 / 16, FLOAT)))  # a GPU has no shift of integers
+    lower = body.op("Sub", codes, body.op("Mul", upper, body.scalar(16.0, FLOAT)))
+    pairs = body.op("Concat", *(body.op("Unsqueeze", each, body.ints(-1)) for each in (lower, upper)), axis=-1)
+    codes = body.op("Sub", body.op("Reshape", pairs, body.ints(0, 0, 0, -1)), body.scalar(8.0, FLOAT))
+    unit = body.cast(body.op("Gather", scale, tokens, axis=0), Type.FLOAT16)
+    entries = body.op("Mul", codes, body.op("Unsqueeze", unit, body.ints(-1)))
+    x = body.back(body.op("Reshape", entries, body.ints(0, 0, -1)), Type.FLOAT16)
     x.type = ir.TensorType(Type.FLOAT16)
     return body.function("EmbeddingInt4", SHORT[Type.FLOAT16], [table, tokens, scale], [x])
 

@@ -81,7 +81,10 @@ def _store(use: Use) -> Stored:
 
 def _embed(writer: Writer, use: Use, stored: Stored) -> None:
     codes, scales = (writer.tensor(*item) for item in stored.tensors.items())
-    entries = writer.op("EmbeddingInt4", codes, writer.signal, scales, domain=DOMAIN)
+    tokens = writer.signal
+    if tokens.dtype != ir.DataType.INT64:
+        tokens = writer.op("Cast", tokens, to=ir.DataType.INT64.value)
+    entries = writer.op("EmbeddingInt4", codes, tokens, scales, domain=DOMAIN)
     entries.shape, entries.type = use.node.outputs[0].shape, ir.TensorType(ir.DataType.FLOAT16)
     writer.become(writer.op("Cast", entries, to=ir.DataType.FLOAT.value))
 

@@ -58,10 +58,12 @@ const char* launch_rows(void (*kernel)(EmbeddingArgs, int64_t), const EmbeddingA
 }  // namespace
 
 const char* embedding_cuda(const EmbeddingArgs& a, void* stream) {
-  if (a.table_type == Type::u8) return launch_rows(look_up_codes, a, a.width / kBlock, stream);
+  const bool aligned = (reinterpret_cast<uintptr_t>(a.table) | reinterpret_cast<uintptr_t>(a.x)) % 16 == 0;
+  if (a.table_type == Type::u8)
+    return aligned ? launch_rows(look_up_codes, a, a.width / kBlock, stream)
+                   : "EmbeddingInt4 takes a table and x at addresses that 16 divides";
   const int64_t bytes = a.width * size_of(a.table_type);
-  const bool even = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(a.table) % 16 == 0;
-  if (even) return launch_rows(look_up<uint4>, a, bytes / 16, stream);
+  if (aligned && bytes % 16 == 0) return launch_rows(look_up<uint4>, a, bytes / 16, stream);
   return launch_rows(look_up<uint16_t>, a, bytes / 2, stream);
 }
 

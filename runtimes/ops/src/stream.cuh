@@ -20,12 +20,13 @@ __device__ inline void copies_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-// What is copied so goes out of the cache that all multiprocessors share before what a step reads again.
+// Of what leaves the cache that all multiprocessors share before all else.
 __device__ inline uint64_t first_out() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+// Of a weight, which a step reads once.
 __device__ inline void copy_begin(void* to, const void* from, int bytes, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(

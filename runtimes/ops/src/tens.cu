@@ -95,11 +95,11 @@ struct Bringer {
     char* slot = shared.ring + turn.slot * W::kSlot;
     copies_expect(full, W::kSlot + (is_first() ? shared.kX : 0));
     const int piece = part.first + turn.piece, output = turn.tile * kOutputs;
-    once(slot, maps.weight, piece * kBoxBytes, output, full);
-    if (W::kScales) once(slot + kBox, maps.scales, piece * W::kScales, output, full);
+    bring_weight(slot, maps.weight, piece * kBoxBytes, output, full);
+    if (W::kScales) bring_weight(slot + kBox, maps.scales, piece * W::kScales, output, full);
   }
   // Beside up to 16 rows, weights go out of the cache first; beside more, that has cost a percent.
-  __device__ static void once(void* to, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
+  __device__ static void bring_weight(void* to, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
     if constexpr (N == 16)
       bring(to, map, column, row, barrier, first_out());
     else

@@ -79,6 +79,12 @@ def test_embedding(embedding: Embedding) -> None:
     assert torch.equal(given, embedding.expected())
 
 
+def test_an_embedding_needs_no_operator_that_a_gpu_lacks() -> None:
+    """onnxruntime has neither for CUDA, and captures no graph of which a part is on the processor."""
+    names = {node.op_type for node in Embedding(int4=True).call().function}
+    assert not names & {"BitShift", "BitwiseAnd"}
+
+
 @pytest.mark.parametrize("step", [0.0, 0.5])
 @pytest.mark.parametrize("signal", [FLOAT, HALF])
 def test_sample(step: float, signal: ir.DataType) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from lhcompile.artifacts import Lowered, Past, Program
 from lhcompile.config import QuantizeConfig, Target
 from lhcompile.lower import apart_in_another_type, complete, lower
-from lhcompile.lower.decode import _MOST, decoding
+from lhcompile.lower.decode import _MOST, _look_up, decoding
 from lhcompile.lower.fuse import KINDS, fuse
 from lhcompile.quantize import Plan, keep_states, kept_in, plan_weights, quantize
 from lhcompile.quantize.blocks import BLOCK
@@ -356,6 +356,24 @@ def test_a_tied_head_and_its_embedding_are_one() -> None:
         assert (head.inputs[1], head.inputs[6]) == (embedding.inputs[0], embedding.inputs[2])
 
 
+def test_tokens_of_four_bits_may_be_short_integers() -> None:
+    """EmbeddingInt4 takes int64, Gather int32 too."""
+    program, lowered = one_layer(BLOCK)
+    graphs = [model.clone() for model in (lowered.step, lowered.prefill)]
+    for model in graphs:
+        gather = next(node for node in model.graph if node.op_type == "Gather")
+        short = ir.node("Cast", [gather.inputs[1]], {"to": ir.DataType.INT32.value})
+        short.outputs[0].shape, short.outputs[0].type = gather.inputs[1].shape, ir.TensorType(ir.DataType.INT32)
+        model.graph.insert_before(gather, short)
+        gather.replace_input_with(1, short.outputs[0])
+    found = quantized(replace(lowered, step=graphs[0], prefill=graphs[1]), "int4")
+    expected = quantized(lowered, "int4")
+    for model in (found.step, found.prefill):
+        (embedding,) = [node for node in model.graph if node.op_type == "EmbeddingInt4"]
+        assert embedding.inputs[1].producer().attributes.get_int("to") == ir.DataType.INT64
+    assert difference(complete(found), complete(expected), program) == 0
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_integers_keep_the_mixer(precision: str) -> None:
     found = Counter(node.op_type for node in complete(quantized(one_layer()[1], precision)).step.graph)
@@ -446,6 +464,37 @@ def test_decode_is_the_step_and_a_choice(precision: str) -> None:
             edges = np.cumsum(sampler.probabilities(logits[row])[0])
             assert token == np.searchsorted(edges, uniform[row] * edges[-1], side="right")
         ids = tokens_
+
+
+def test_what_decode_looks_up() -> None:
+    """Rows of a table in floating point by the graph's own tokens, and nothing else that is gathered."""
+    arrays = {
+        "table": np.zeros((VOCAB, WIDTH), np.float32),
+        "codes": np.zeros((VOCAB, WIDTH), np.int8),
+        "row": np.zeros(VOCAB, np.float32),
+        "others": np.zeros((1, 1), np.int64),
+    }
+    given = {name: ir.Value(name=name, const_value=ir.tensor(array, name=name)) for name, array in arrays.items()}
+    for name, value in given.items():
+        value.shape = ir.Shape(arrays[name].shape)
+        value.type = ir.TensorType(ir.DataType.from_numpy(arrays[name].dtype))
+    ids = ir.Value(name="ids", shape=ir.Shape(["batch", 1]), type=ir.TensorType(ir.DataType.INT64))
+    table, codes, row, others = given.values()
+    gathers = [(table, ids, 0), (table, others, 0), (codes, ids, 0), (row, ids, 0), (table, ids, 1), (table, ids, -2)]
+    nodes = [ir.node("Gather", [what, where], {"axis": axis}) for what, where, axis in gathers]
+    outputs = [node.outputs[0] for node in nodes]
+    graph = ir.Graph([ids], outputs, nodes=nodes, initializers=list(given.values()), opset_imports={"": 20})
+    _look_up(graph)
+    assert [node.op_type for node in graph] == ["Embedding", *5 * ["Gather"]]
+    assert list(next(iter(graph)).inputs) == [table, ids]
+    assert [value.producer() for value in graph.outputs] == list(graph)
+
+
+@pytest.mark.parametrize(("precision", "first"), [("fp8", "Embedding"), ("int4", "EmbeddingInt4"), ("int8", "Gather")])
+def test_tables_in_few_bits(precision: str, first: str) -> None:
+    decode = complete(quantized(one_layer(BLOCK)[1], precision), decode=True).decode
+    assert decode is not None
+    assert next(iter(decode.graph)).op_type == first
 
 
 def test_a_past_stays_one_state_where_prefill_fills_it_with_other_numbers() -> None:
