@@ -41,8 +41,9 @@ TORCH = {
     Type.UINT8: torch.uint8,
 }
 ONNX = {value: key for key, value in TORCH.items()}
+ON_GPU = os.environ.get("LHCOMPILE_DEVICE") == "cuda"  # which has to have onnxruntime-gpu
 _PROVIDERS: list[Any] = ["CPUExecutionProvider"]
-if os.environ.get("LHCOMPILE_DEVICE") == "cuda":  # for a machine with a GPU and onnxruntime-gpu
+if ON_GPU:
     _PROVIDERS.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
     onnxruntime.preload_dlls()
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from operators import FORMS, LOUD, Call, Embedding, Linear, Mixer, Mlp, Sample, error, kept_error, run
+from operators import FORMS, LOUD, ON_GPU, Call, Embedding, Linear, Mixer, Mlp, Sample, error, kept_error, run
 
 from lhcompile.artifacts import LARGEST_HALF
 from lhcompile.lower.projections import Activation
@@ -208,8 +208,9 @@ MLPS = {
     "no norm": Mlp(norm="none", activation="none", batch=5, down_bias=False),
     "everything": Mlp(norm_bias=True, activation="gelu", width=256, hidden=1024, out=256, batch=3),
 }
-HELD = 2e-3
-"""What a number at the edge between two codes may change, between the products of an MLP and before them."""
+HELD = 8e-3 if ON_GPU else 2e-3
+"""What a number at the edge between two codes may change, between the products of an MLP and before them. On a GPU GELU
+of the tensor cores' product has 11 bits besides, and the bound is that of tests/gpu."""
 
 
 @pytest.mark.parametrize("name", MLPS)
@@ -259,6 +260,7 @@ BYTES = {
 } | {name: linear for name, linear in FOURS.items() if linear.norm != "none"}
 
 
+@pytest.mark.skipif(ON_GPU, reason="a GPU multiplies signals of 16 bits")
 @pytest.mark.parametrize("name", BYTES)
 @pytest.mark.parametrize("one_token", [True, False])
 def test_linear_of_four_bits_and_signals_of_eight(library: Path, name: str, one_token: bool) -> None:
@@ -299,7 +301,7 @@ def test_embedding(library: Path, embedding: Embedding) -> None:
     assert torch.equal(given, function)
 
 
-@pytest.mark.skipif(os.environ.get("LHCOMPILE_DEVICE") == "cuda", reason="a GPU writes zeros")
+@pytest.mark.skipif(ON_GPU, reason="a GPU writes zeros")
 @pytest.mark.parametrize("int4", [False, True])
 @pytest.mark.parametrize("token", [50, -51])
 def test_a_token_that_is_not_in_the_table(library: Path, token: int, int4: bool) -> None:
