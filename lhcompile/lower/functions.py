@@ -249,8 +249,8 @@ def sample_function(*, signal: Type = FLOAT) -> ir.Function:
     last = body.op("Slice", edges, body.ints(-1), body.ints(_END), column)
     passed = body.op("LessOrEqual", edges, body.op("Mul", uniform, last))
     drawn = body.op("ReduceSum", body.op("Cast", passed, to=Type.INT64), column, keepdims=1)
-    possible = body.op("Cast", body.op("Greater", by_id, zero), to=Type.INT32)
-    drawn = body.op("Min", drawn, body.op("ArgMax", possible, axis=1, select_last_index=1))
+    before = body.op("Cast", body.op("Less", edges, last), to=Type.INT64)  # the last stretch, which ends at the sum
+    drawn = body.op("Min", drawn, body.op("ReduceSum", before, column, keepdims=1))
     best = body.op("Slice", ids, body.ints(0), body.ints(1), column)
     tokens = body.op("Where", greedy, best, drawn)
     tokens.type = ir.TensorType(Type.INT64)
