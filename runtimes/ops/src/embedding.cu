@@ -1,6 +1,6 @@
 // Embedding on a GPU: a block for each token. The row of a token that is not in the table is zero.
 #include "cuda.h"
-#include "device.cuh"
+#include "weights.cuh"
 
 namespace lhcompile {
 namespace {
@@ -38,15 +38,7 @@ __global__ void __launch_bounds__(kMostThreads)
     const auto codes = there ? fetch<uint8_t, 16>(static_cast<const uint8_t*>(a.table) + 16 * at)
                              : Vector<uint8_t, 16>{};
     const float scale = there ? widen(static_cast<const Half*>(a.scale)[at]) : 0.0f;
-    Half* to = static_cast<Half*>(a.x) + (blockIdx.x * blocks + block) * kBlock;
-#pragma unroll
-    for (int i = 0; i < 16; i += 4) {
-      float eight[8];
-#pragma unroll
-      for (int j = 0; j < 8; j++)
-        eight[j] = scale * static_cast<float>((codes.element[i + j / 2] >> j % 2 * 4 & 15) - 8);
-      store<Half, 8>(eight, to + 2 * i);
-    }
+    store_block<Half, 8>(codes, scale, static_cast<Half*>(a.x) + (blockIdx.x * blocks + block) * kBlock);
   }
 }
 

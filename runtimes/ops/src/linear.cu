@@ -45,13 +45,7 @@ __global__ void __launch_bounds__(kThreads) expand(const __grid_constant__ Linea
   const Vector<uint8_t, 16> bytes = there ? fetch<uint8_t, 16>(codes) : Vector<uint8_t, 16>{};
   await_previous();  // which may still read what is written here
   if (!there) return;
-#pragma unroll
-  for (int i = 0; i < 16; i += 2) {
-    float four[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) four[j] = scale * static_cast<float>((bytes.element[i + j / 2] >> j % 2 * 4 & 15) - 8);
-    store<T, 4>(four, static_cast<T*>(to) + block * 32 + 2 * i);
-  }
+  store_block<T, 4>(bytes, scale, static_cast<T*>(to) + block * kBlock);
 }
 
 size_t padded(int64_t bytes) { return static_cast<size_t>(bytes + 255) / 256 * 256; }

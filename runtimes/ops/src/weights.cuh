@@ -28,6 +28,19 @@ __device__ inline void multiply_add(float (&sums)[4], const uint32_t (&w)[4], ui
       : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(x), "r"(y));
 }
 
+// The numbers of a block of codes of 4 bits, N of which are stored at once.
+template <typename T, int N>
+__device__ inline void store_block(const Vector<uint8_t, kBlock / 2>& codes, float scale, T* to) {
+#pragma unroll
+  for (int i = 0; i < kBlock; i += N) {
+    float some[N];
+#pragma unroll
+    for (int j = 0; j < N; j++)
+      some[j] = scale * static_cast<float>((codes.element[(i + j) / 2] >> j % 2 * 4 & 15) - 8);
+    store<T, N>(some, to + i);
+  }
+}
+
 // Entry: what x is kept as; kInputs: of 16 bytes; kScaled: whether those have a scale, of 16 bits; `add` multiplies a
 // thread's 16 bytes of two rows, whose scales are given, with x at the same inputs.
 template <typename T>
